@@ -1,0 +1,251 @@
+"""What passes between the steps: frozen, printable, saved as JSON; no fx.Node and no tensor inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from monarch_fx.errors import PlanMismatchError
+from monarch_fx.structure import MonarchShape
+from monarch_fx.views import MatrixView
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Call:
+    """One execution of a product in a run of the model.
+
+    Attributes:
+        tokens: Rows of the activation, as a sympy expression of the model's input sizes, in text.
+        count: ``tokens`` at the sizes of the captured inputs, or 0 where no inputs were captured.
+        share: ``count`` over the model's main token count: what ``tokens=T`` is multiplied with.
+    """
+
+    tokens: str
+    count: int
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A static matrix (or a batch of equal ones) that products of the model read, and that may be rewritten.
+
+    Attributes:
+        name: The parameter's qualified name and its view: ``blocks.0.attn.in_proj_weight[0:768]``.
+        parameter: The parameter's qualified name.
+        parameter_shape: Its shape.
+        view: Which of its entries, and which of their dimensions are outputs and inputs.
+        kind: The product's form: linear, conv1d, matmul, einsum, ...
+        calls: Its executions in one run; they share the factors.
+        dtype: Of the weight, without ``torch.``.
+    """
+
+    name: str
+    parameter: str
+    parameter_shape: tuple[int, ...]
+    view: MatrixView
+    kind: str
+    calls: tuple[Call, ...]
+    dtype: str
+
+    @property
+    def in_features(self) -> int:
+        return self.view.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.view.out_features
+
+    @property
+    def batch(self) -> int:
+        """Equal matrices that one product multiplies with (experts of a mixture); 1 for a plain product."""
+        return self.view.batch_size
+
+    @property
+    def params(self) -> int:
+        return self.view.numel
+
+    def token_counts(self, tokens: int) -> tuple[int, ...]:
+        """Rows per call when the model's main token count is ``tokens``."""
+        return tuple(max(1, round(call.share * tokens)) for call in self.calls)
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A product that is left as it is, and why. ``params`` is 0 where no single weight can be named."""
+
+    name: str
+    kind: str
+    in_features: int
+    out_features: int
+    params: int
+    calls: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done with one candidate.
+
+    Attributes:
+        shape: The structure of each of its matrices, or None where it stays dense.
+        reason: Why dense, or why this structure.
+        error: Estimated ``||W - M||_F / ||W||_F``; 0 where it stays dense.
+        dense_s: Predicted seconds of all its calls in one run, dense.
+        time_s: The same as decided.
+        break_even: Tokens from which the structure is predicted faster than dense; None: never, or dense.
+    """
+
+    candidate: Candidate
+    shape: MonarchShape | None
+    reason: str
+    error: float
+    dense_s: float
+    time_s: float
+    break_even: int | None
+
+    @property
+    def params(self) -> int:
+        return self.candidate.params if self.shape is None else self.candidate.batch * self.shape.params
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is done with every product of a model, and what was predicted; print it, save it, edit it, replay it.
+
+    Attributes:
+        budget: The share of the eligible products' parameters that was asked for, or None (forced structure).
+        tokens: Main token counts that the plan is made for, with their weights.
+        tokens_source: Where they come from, in words.
+        workload: ``"inference"`` (forward) or ``"training"`` (forward and backward).
+        dtype: Of the planned run.
+        device: Name of the device profile.
+        error_source: How the errors were estimated, in words.
+        model_params: Parameters of the whole model, tied ones counted once.
+        fingerprint: Hash of names, shapes and ties of the model that the plan is for.
+        capture: How the graph was captured, in words.
+    """
+
+    decisions: tuple[Decision, ...]
+    declined: tuple[Declined, ...]
+    budget: float | None
+    tokens: tuple[tuple[int, float], ...]
+    tokens_source: str
+    workload: str
+    dtype: str
+    device: str
+    error_source: str
+    model_params: int
+    fingerprint: str
+    capture: str
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def rewritten(self) -> tuple[Decision, ...]:
+        return tuple(d for d in self.decisions if d.shape is not None)
+
+    @property
+    def eligible_params(self) -> int:
+        return sum(d.candidate.params for d in self.decisions)
+
+    @property
+    def kept_params(self) -> int:
+        """Parameters of the eligible products after rewriting, padding included."""
+        return sum(d.params for d in self.decisions)
+
+    @property
+    def reached(self) -> float:
+        """The budget that the plan reaches: kept over eligible parameters."""
+        return self.kept_params / self.eligible_params
+
+    @property
+    def rewritten_share(self) -> float:
+        """Share of the eligible parameters that sits in rewritten products."""
+        return sum(d.candidate.params for d in self.rewritten) / self.eligible_params
+
+    @property
+    def monarch_calls(self) -> int:
+        """``monarch_bmm`` nodes that one run executes."""
+        return sum(len(d.candidate.calls) for d in self.rewritten)
+
+    def __getitem__(self, name: str) -> Decision:
+        for decision in self.decisions:
+            if decision.candidate.name == name:
+                return decision
+        known = ", ".join(d.candidate.name for d in self.decisions[:5])
+        raise KeyError(f"The plan has no product {name!r}. Its products: {known}, ...")
+
+    def with_shape(
+        self, name: str, *, nblocks_out: int = 1, nblocks_in: int = 1, rank: int | None = None
+    ) -> Plan:
+        """A copy in which product ``name`` has another structure, or stays dense where ``rank`` is None.
+
+        The error and the times of an edited product are not predicted again: they are NaN.
+        """
+        old = self[name]
+        shape = None
+        if rank is not None:
+            size = old.candidate.in_features, old.candidate.out_features
+            shape = MonarchShape(*size, nblocks_out=nblocks_out, nblocks_in=nblocks_in, rank=rank)
+        nan = float("nan")
+        new = dataclasses.replace(
+            old,
+            shape=shape,
+            reason="edited",
+            error=0.0 if shape is None else nan,
+            time_s=old.dense_s if shape is None else nan,
+            break_even=None,
+        )
+        decisions = tuple(new if d is old else d for d in self.decisions)
+        return dataclasses.replace(self, decisions=decisions)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; ``Plan.from_json`` reads it back unchanged."""
+        return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            PlanMismatchError: The text is not a plan, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("version")
+            if version != PLAN_VERSION:
+                raise PlanMismatchError(
+                    f"The plan has version {version!r}, this library reads version {PLAN_VERSION}: make it again."
+                )
+            return _plan(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, PlanMismatchError):
+                raise
+            raise PlanMismatchError(f"This text is not a plan as Plan.to_json() writes it: {error!r}.") from error
+
+    def __str__(self) -> str:
+        from monarch_fx.reporting.tables import plan_table  # printing only: records import no table library
+
+        return plan_table(self)
+
+
+def _plan(data: dict[str, Any]) -> Plan:
+    decisions = []
+    for item in data.pop("decisions"):
+        candidate = item.pop("candidate")
+        view = {k: v if k == "offset" else tuple(map(tuple, v)) for k, v in candidate.pop("view").items()}
+        calls = tuple(Call(**call) for call in candidate.pop("calls"))
+        shape = item.pop("shape")
+        made = Candidate(
+            **{**candidate, "parameter_shape": tuple(candidate["parameter_shape"])},
+            view=MatrixView(**view),
+            calls=calls,
+        )
+        decisions.append(Decision(candidate=made, shape=None if shape is None else MonarchShape(**shape), **item))
+    declined = tuple(Declined(**item) for item in data.pop("declined"))
+    tokens = tuple((int(count), float(weight)) for count, weight in data.pop("tokens"))
+    notes = tuple(data.pop("notes"))
+    return Plan(decisions=tuple(decisions), declined=declined, tokens=tokens, notes=notes, **data)
