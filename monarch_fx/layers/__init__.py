@@ -1,0 +1,6 @@
+"""Modules that hold Monarch matrices."""
+
+from monarch_fx.layers.linear import MonarchLinear, init_factors
+from monarch_fx.layers.weight import DenseLike, MonarchWeight
+
+__all__ = ["DenseLike", "MonarchLinear", "MonarchWeight", "init_factors"]

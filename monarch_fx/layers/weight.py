@@ -1,0 +1,444 @@
+"""MonarchWeight: stands where a dense parameter stood, and answers the products that read it.
+
+It is registered in its owner under the parameter's own name. ``F.linear(x, self.weight)``, ``x @ self.W``,
+``torch.einsum(..., self.W[:d])`` reach it through ``__torch_function__``: the rules recognise the product, and
+``monarch_bmm`` computes it. Any other operation gets the dense matrix, multiplied out, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from monarch_fx.errors import DenseFallbackWarning, StructureError
+from monarch_fx.kernels.op import monarch_bmm, monarch_grouped_mm
+from monarch_fx.layers.attention import multi_head_attention
+from monarch_fx.rules import RULES, Product, Static, op_name
+from monarch_fx.structure import Monarch, MonarchShape
+from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView
+
+Piece = tuple[MatrixView, "Monarch | torch.Tensor"]
+
+
+class DenseLike:
+    """What MonarchWeight and its views share: they look like the dense tensor, and products know them."""
+
+    root: MonarchWeight
+    strided: StridedView
+    index: torch.Tensor | None = None
+    picked: Dim | None = None
+    cast: torch.dtype | None = None
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _dispatch(func, args, kwargs or {})
+
+    @property
+    def shape(self) -> torch.Size:
+        sizes = self.strided.sizes
+        if self.index is not None and self.picked is None:
+            return torch.Size((*self.index.shape, *sizes[1:]))
+        return torch.Size(sizes)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.cast or self.root.own_dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.root.parameters()).device
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(factor.requires_grad for factor in self.root.parameters())
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.device.type == "cuda"
+
+    is_nested = False
+    is_sparse = False
+    is_quantized = False
+
+    @property
+    def T(self) -> WeightView:  # noqa: N802 (torch.Tensor's own name)
+        return view_of(self, "T")
+
+    @property
+    def mT(self) -> WeightView:  # noqa: N802
+        return view_of(self, "mT")
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        return self.dtype.is_floating_point
+
+    def is_complex(self) -> bool:
+        return self.dtype.is_complex
+
+    # nn.Module has methods of these names that cast in place; a weight that is read must never do that.
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        dtype = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), None))
+        dtype = dtype or next((a.dtype for a in args if isinstance(a, (torch.Tensor, DenseLike))), None)
+        return self if dtype is None or dtype == self.dtype else self.type(dtype)
+
+    def type(self, dtype: torch.dtype) -> Any:
+        return WeightView(self.root, self.strided, self.index, self.picked, dtype)
+
+    def type_as(self, other: Any) -> Any:
+        return self.to(other.dtype)
+
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    def double(self) -> Any:
+        return self.to(torch.float64)
+
+    def half(self) -> Any:
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> Any:
+        return self.to(torch.bfloat16)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, torch.Tensor) and index.dtype != torch.bool:
+            return _indexed(self, index)
+        try:
+            return view_of(self, "getitem", index)
+        except TypeError:
+            return densify(self, "__getitem__")[index]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __matmul__(self, other: Any) -> Any:
+        return torch.matmul(self, other)  # type: ignore[call-overload]
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return torch.matmul(other, self)
+
+    def to_dense(self) -> torch.Tensor:
+        """The dense tensor that this stands for, differentiable in the factors."""
+        dense = self.root.to_dense_root()
+        dense = dense.reshape(-1).as_strided(self.strided.sizes, self.strided.strides, self.strided.offset)
+        if self.index is not None:
+            if self.picked is not None:
+                raise StructureError("A single expert picked at run time can't be multiplied out: index with an int.")
+            dense = dense[self.index]
+        return dense.to(self.dtype)
+
+
+class WeightView(DenseLike):
+    """A view of a MonarchWeight: transposed, sliced, indexed or cast."""
+
+    def __init__(
+        self,
+        root: MonarchWeight,
+        strided: StridedView,
+        index: torch.Tensor | None = None,
+        picked: Dim | None = None,
+        cast: torch.dtype | None = None,
+    ) -> None:
+        self.root = root
+        self.strided = strided
+        self.index = index
+        self.picked = picked
+        self.cast = cast
+
+    def __getattr__(self, name: str) -> Any:
+        return _tensor_attribute(self, name)
+
+
+class MonarchWeight(DenseLike, nn.Module):
+    """A parameter whose matrices are Monarch matrices.
+
+    Args:
+        shape: Shape of the parameter that it stands for.
+        pieces: The matrices in it, each with its structure, or with its dense values where it stays dense.
+        rest: Values of the parameter's entries that no piece covers, in their order.
+        requires_grad: Of the factors.
+
+    The factors are the parameters ``R`` and ``L`` (``R_0``, ``L_0``, ``R_1``, ... where there are several pieces),
+    shaped as in ``monarch_fx.Monarch``.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        rest: torch.Tensor | None = None,
+        requires_grad: bool = True,
+    ) -> None:
+        super().__init__()
+        self.strided = StridedView.whole(shape)
+        self.views = tuple(view for view, _ in pieces)
+        self.shapes: tuple[MonarchShape | None, ...] = tuple(
+            value.shape if isinstance(value, Monarch) else None for _, value in pieces
+        )
+        for i, (_, value) in enumerate(pieces):
+            if isinstance(value, Monarch):
+                self._factor(f"R{self._suffix(i)}", value.R, requires_grad)
+                self._factor(f"L{self._suffix(i)}", value.L, requires_grad)
+            else:
+                self._factor(f"dense{self._suffix(i)}", value, requires_grad)
+        if rest is not None:
+            self._factor("rest", rest, requires_grad)
+
+    def _factor(self, name: str, value: torch.Tensor, requires_grad: bool) -> None:
+        self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=requires_grad))
+
+    def _suffix(self, piece: int) -> str:
+        return "" if len(self.views) == 1 else f"_{piece}"
+
+    @property
+    def root(self) -> MonarchWeight:  # type: ignore[override]
+        return self
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def monarch(self, piece: int = 0) -> Monarch | None:
+        """The structured matrix of a piece; None where the piece is dense."""
+        shape, suffix = self.shapes[piece], self._suffix(piece)
+        if shape is None:
+            return None
+        size = {"in_features": shape.in_features, "out_features": shape.out_features}
+        return Monarch(getattr(self, f"R{suffix}"), getattr(self, f"L{suffix}"), **size)
+
+    def to_dense_root(self) -> torch.Tensor:
+        """The whole parameter, dense, differentiable in the factors."""
+        entries = torch.arange(self.strided_numel, device=self.device).view(self.strided.sizes)
+        dense = torch.zeros(self.strided_numel, dtype=self.own_dtype, device=self.device)
+        covered = torch.zeros(self.strided_numel, dtype=torch.bool, device=self.device)
+        for i, view in enumerate(self.views):
+            monarch = self.monarch(i)
+            value = getattr(self, f"dense{self._suffix(i)}") if monarch is None else monarch.to_dense()
+            at = view.gather(entries).reshape(-1)
+            dense = dense.index_put((at,), value.reshape(-1))
+            covered[at] = True
+        if "rest" in self._parameters:
+            dense = dense.index_put(((~covered).nonzero()[:, 0],), self.rest)
+        return dense.view(self.strided.sizes)
+
+    @property
+    def strided_numel(self) -> int:
+        return torch.Size(self.strided.sizes).numel()
+
+    def extra_repr(self) -> str:
+        pieces = []
+        for view, shape in zip(self.views, self.shapes, strict=True):
+            label = view.label(self.strided.sizes)
+            batch = f"{view.batch_size} x " if view.batch else ""
+            size = f"{batch}{view.in_features} -> {view.out_features}"
+            kept = "dense" if shape is None else f"grid {shape.nblocks_out}x{shape.nblocks_in}, rank {shape.rank}"
+            pieces.append(f"{label} {size}, {kept}".strip())
+        return "; ".join(pieces)
+
+    def __getattr__(self, name: str) -> Any:
+        own = self.__dict__
+        for registry in ("_parameters", "_buffers", "_modules"):
+            if registry in own and name in own[registry]:
+                return own[registry][name]
+        return _tensor_attribute(self, name)
+
+
+def view_of(operand: DenseLike, name: str, *args: Any, **kwargs: Any) -> Any:
+    """The view operation ``name`` of ``torch.Tensor`` on a weight: only strides change.
+
+    Raises:
+        TypeError, ValueError, IndexError: The operation is no view of this operand.
+    """
+    views = VIEW_OPERATIONS[name](operand.strided, *args, **kwargs)
+    if operand.index is not None and operand.picked is None:
+        first = operand.strided.sizes[0], operand.strided.strides[0]
+        for view in (views,) if isinstance(views, StridedView) else views:
+            if (view.sizes[0], view.strides[0]) != first:
+                raise TypeError("a view that moves the dimension indexed at run time")
+    made = [
+        WeightView(operand.root, view, operand.index, operand.picked, operand.cast)
+        for view in ((views,) if isinstance(views, StridedView) else views)
+    ]
+    return made[0] if isinstance(views, StridedView) else tuple(made)
+
+
+def _indexed(operand: DenseLike, index: torch.Tensor) -> Any:
+    """Matrices chosen at run time: ``W[experts]`` and ``W[expert]`` with a tensor."""
+    if operand.index is not None or operand.ndim != 3 or index.ndim > 1:
+        return densify(operand, "__getitem__")[index]
+    strided = operand.strided
+    if index.ndim == 1:
+        return WeightView(operand.root, strided, index, None, operand.cast)
+    rest = StridedView(strided.sizes[1:], strided.strides[1:], strided.offset)
+    return WeightView(operand.root, rest, index, (strided.sizes[0], strided.strides[0]), operand.cast)
+
+
+def _tensor_attribute(operand: DenseLike, name: str) -> Any:
+    """Attributes of ``torch.Tensor`` that are not spelled out above: views as views, the rest on the dense values."""
+    if name.startswith("__") or not hasattr(torch.Tensor, name):
+        raise AttributeError(f"{type(operand).__name__!r} object has no attribute {name!r}")
+    if name in VIEW_OPERATIONS:
+        return lambda *args, **kwargs: _view_or_dense(operand, name, args, kwargs)
+    _forbid_writing(name)
+    return getattr(densify(operand, name), name)
+
+
+def _view_or_dense(operand: DenseLike, name: str, args: Any, kwargs: Any) -> Any:
+    try:
+        return view_of(operand, name, *args, **kwargs)
+    except (TypeError, ValueError):
+        return getattr(densify(operand, name), name)(*args, **kwargs)
+
+
+def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
+    """A torch function that has a MonarchWeight, or a view of one, among its arguments."""
+    name = op_name(func)
+    if name in VIEW_OPERATIONS and isinstance(args[0], DenseLike):
+        return _view_or_dense(args[0], name, args[1:], kwargs)
+    if name == "multi_head_attention_forward":
+        return multi_head_attention(*args, **kwargs)
+    rule = RULES.get(name)
+    if rule is not None:
+        answer = rule(*[_static(a) for a in args], **{key: _static(a) for key, a in kwargs.items()})
+        if isinstance(answer, Product):
+            operand = next(a for a in _flat([*args, *kwargs.values()]) if isinstance(a, DenseLike))
+            return answer.rewrite(_multiplier(operand, answer.matrix))
+    _forbid_writing(name)
+    plain = [_dense(a, name) for a in args]
+    return func(*plain, **{key: _dense(a, name) for key, a in kwargs.items()})
+
+
+def _flat(arguments: Sequence[Any]) -> list[Any]:
+    """Arguments, and those one list down (operands of an einsum)."""
+    return [b for a in arguments for b in (a if isinstance(a, (list, tuple)) else (a,))]
+
+
+def _static(argument: Any) -> Any:
+    if isinstance(argument, DenseLike):
+        gathered = argument.index is not None and argument.picked is None
+        return Static(argument.strided, gathered, argument.picked)
+    if isinstance(argument, (list, tuple)) and any(isinstance(a, DenseLike) for a in argument):
+        return [_static(a) for a in argument]
+    return argument
+
+
+def _dense(argument: Any, name: str) -> Any:
+    if isinstance(argument, DenseLike):
+        return densify(argument, name)
+    if isinstance(argument, (list, tuple)) and any(isinstance(a, DenseLike) for a in argument):
+        return type(argument)(_dense(a, name) for a in argument)
+    return argument
+
+
+def densify(operand: DenseLike, name: str) -> torch.Tensor:
+    """The dense values, for an operation that is no product; said aloud, since it costs what the factors save."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"A Monarch weight of shape {tuple(operand.shape)} is multiplied out, because {name!r} reads it. The result "
+            "is right, but not fast: exclude this weight from monarchify, or call its layer instead.",
+            DenseFallbackWarning,
+            stacklevel=4,
+        )
+    return operand.to_dense()
+
+
+def _forbid_writing(name: str) -> None:
+    if name == "data" or (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "set_data"):
+        raise StructureError(
+            f"{name!r} would write into a Monarch weight as if it were dense, and the values would be lost: write to "
+            "its factors R and L, or call monarch_fx.to_dense(model) first."
+        )
+
+
+def _multiplier(operand: DenseLike, matrix: MatrixView) -> Any:
+    """The product with the piece of the weight that ``matrix`` names; with all of it, sliced, where none fits."""
+    root, index, cast = operand.root, operand.index, operand.cast
+    found = _find_piece(root, matrix)
+    if found is None:
+        dense = densify(operand, "a product with an unplanned view")
+        whole = dense.reshape(-1).as_strided(*_strided_matrix(matrix)) if index is None else None
+        if whole is None:
+            raise StructureError("A view that the plan doesn't know is indexed at run time.")
+        return lambda x, bias=None, *, offs=None: _dense_product(x, whole, bias, offs)
+    piece, flipped, element = found
+    suffix = root._suffix(piece)
+    shape = root.shapes[piece]
+    picks = element if element is not None else index
+
+    def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
+        if shape is None:
+            dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
+            return _dense_product(_widened(x, dense), dense.mT if flipped else dense, bias, offs)
+        R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
+        L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
+        if flipped:
+            R, L = L, R
+        out = (shape.in_features if flipped else shape.out_features) if shape.padded else None
+        x = _widened(x, R)
+        if offs is not None:
+            return monarch_grouped_mm(x, R, L, offs, out_features=out)
+        return monarch_bmm(x, R, L, bias, out_features=out)
+
+    return multiply
+
+
+def _find_piece(root: MonarchWeight, matrix: MatrixView) -> tuple[int, bool, int | None] | None:
+    """Which piece, whether transposed, and which matrix of its batch."""
+    for i, view in enumerate(root.views):
+        if matrix == view:
+            return i, False, None
+        if matrix == view.transposed:
+            return i, True, None
+    if matrix.batch:
+        return None
+    for i, view in enumerate(root.views):
+        if len(view.batch) != 1:
+            continue
+        size, stride = view.batch[0]
+        element, remainder = divmod(matrix.offset - view.offset, stride)
+        if remainder or not 0 <= element < size:
+            continue
+        if matrix.out == view.out and matrix.inp == view.inp:
+            return i, False, element
+        if matrix.out == view.inp and matrix.inp == view.out:
+            return i, True, element
+    return None
+
+
+def _strided_matrix(matrix: MatrixView) -> tuple[list[int], list[int], int]:
+    dims = [*matrix.batch, *matrix.out, *matrix.inp]
+    return [n for n, _ in dims], [stride for _, stride in dims], matrix.offset
+
+
+def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:
+    factor = factor if picks is None else factor[picks]
+    return factor if cast is None else factor.to(cast)
+
+
+def _widened(x: Any, factor: Any) -> Any:
+    """A half-precision activation that meets float32 factors is widened (T5 keeps ``wo`` in float32)."""
+    if x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(factor.dtype) if torch.promote_types(x.dtype, factor.dtype) == factor.dtype else x
+
+
+def _dense_product(x: Any, dense: Any, bias: Any, offs: Any) -> Any:
+    if offs is not None:
+        return torch.nn.functional.grouped_mm(x, dense.mT, offs=offs)
+    y = torch.matmul(x, dense.mT)
+    return y if bias is None else y + bias

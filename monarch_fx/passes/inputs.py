@@ -1,0 +1,113 @@
+"""Example inputs: the user's, in any of their forms, or those that a model brings itself."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from monarch_fx.errors import ExampleInputsError
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Positional and keyword arguments of a model's forward.
+
+    ``given`` tells whether they are the user's: only then do their sizes say how many tokens a run has.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    given: bool
+
+    def on(self, device: torch.device | None) -> Inputs:
+        """The same on another device; tensors that are there already stay."""
+        if device is None:
+            return self
+
+        def move(leaf: Any) -> Any:
+            return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
+
+        args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.given)
+
+
+def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+    """A tensor, a tuple or list of arguments, or a mapping of keyword arguments (``BatchEncoding`` too).
+
+    Raises:
+        ExampleInputsError: They can't be bound to the model's forward.
+    """
+    if isinstance(example_inputs, torch.Tensor):
+        args, kwargs = (example_inputs,), {}
+    elif isinstance(example_inputs, Mapping):
+        args, kwargs = (), {str(key): value for key, value in example_inputs.items()}
+    elif isinstance(example_inputs, (tuple, list)):
+        args, kwargs = tuple(example_inputs), {}
+    else:
+        raise ExampleInputsError(
+            f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, or a "
+            "dict of keyword arguments."
+        )
+    signature = inspect.signature(model.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        given = ", ".join([type(a).__name__ for a in args] + list(kwargs))
+        raise ExampleInputsError(
+            f"example_inputs ({given}) don't fit {type(model).__name__}.forward{signature}: {error}."
+        ) from error
+    return Inputs(args, _without_cache(model, kwargs, len(args)), given=True)
+
+
+def own_inputs(model: nn.Module) -> Inputs | None:
+    """Inputs that the model describes itself (transformers' ``dummy_inputs`` and config, timm's ``default_cfg``)."""
+    timm_config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(timm_config, Mapping) and "input_size" in timm_config:
+        return Inputs((torch.zeros(2, *_timm_input_size(model, timm_config)),), {}, given=False)
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "main_input_name"):
+        return None
+    return Inputs((), _without_cache(model, _transformers_inputs(model, config), 0), given=False)
+
+
+def _timm_input_size(model: nn.Module, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The size that this very model was built for: its patch embedding knows it better than the pretrained config."""
+    channels, height, width = config["input_size"]
+    built = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    height, width = built or (height, width)
+    first = next((p for p in model.parameters() if p.ndim == 4), None)
+    return (channels if first is None else first.shape[1]), height, width
+
+
+def _transformers_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
+    """Sizes are distinct and unusual, so that a captured symbol can't be mistaken for a size of the model."""
+    text = torch.ones(2, 11, dtype=torch.long)
+    parameters = inspect.signature(model.forward).parameters
+    vision = getattr(config, "vision_config", config)
+    inputs: dict[str, Any] = {}
+    if "input_ids" in parameters:
+        inputs["input_ids"] = text
+    if "pixel_values" in parameters and hasattr(vision, "image_size"):
+        size = vision.image_size
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        inputs["pixel_values"] = torch.zeros(2, getattr(vision, "num_channels", 3), height, width)
+    if "input_features" in parameters and hasattr(config, "num_mel_bins"):
+        inputs["input_features"] = torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions)
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in parameters:
+        inputs["decoder_input_ids"] = torch.ones(2, 5, dtype=torch.long)
+    dummies = getattr(model, "dummy_inputs", None) if not inputs else None
+    return dict(dummies) if dummies else inputs
+
+
+def _without_cache(model: nn.Module, kwargs: dict[str, Any], positional: int) -> dict[str, Any]:
+    """A capture needs no KV cache, and a cache object in the outputs stops the export."""
+    names = list(inspect.signature(model.forward).parameters)
+    if "use_cache" in names and "use_cache" not in kwargs and names.index("use_cache") >= positional:
+        return {**kwargs, "use_cache": False}
+    return kwargs
