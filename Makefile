@@ -29,7 +29,7 @@ test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints/newest.txt PACKAGES="timm torchvision"
 
 demo: $(VENV)/.demo-installed
-	$(PY) -m examples.demo
+	HF_HUB_OFFLINE=1 $(PY) -m examples.demo
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .

@@ -1,0 +1,1 @@
+"""Tables and printouts made of the records."""

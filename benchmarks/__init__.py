@@ -1,0 +1,1 @@
+"""Speed of rewritten layers and models against compiled dense ones: ``python -m benchmarks list``."""

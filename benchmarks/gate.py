@@ -1,0 +1,53 @@
+"""Nothing is timed before its outputs are right."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+import monarch_fx as mfx
+
+FLOAT64_TOLERANCE = 1e-10
+FLOAT32_TOLERANCE = 1e-4
+
+
+class GateError(AssertionError):
+    """A rewritten model's outputs are wrong: its speed means nothing."""
+
+
+def check_rewritten(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """The rewritten ``model`` and its own ``to_dense`` agree in float64.
+
+    Raises:
+        GateError: They don't, by their relative difference in Frobenius norm.
+    """
+    exact = copy.deepcopy(model).double()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
+    _compare("the rewritten model and to_dense of it", exact, mfx.to_dense(exact), inputs, FLOAT64_TOLERANCE)
+
+
+def check_compiled(compiled: Callable[..., Any], eager: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    """The compiled model and the same model run eagerly agree in float32.
+
+    Raises:
+        GateError: They don't, by their relative difference in Frobenius norm.
+    """
+    _compare("the compiled model and the eager one", compiled, eager, inputs, FLOAT32_TOLERANCE)
+
+
+def _compare(
+    what: str, one: Callable[..., Any], other: Callable[..., Any], inputs: dict[str, torch.Tensor], tolerance: float
+) -> None:
+    with torch.no_grad():
+        a, b = _tensor(one(**inputs)), _tensor(other(**inputs))
+    difference = ((a - b).norm() / b.norm()).item()
+    if not difference <= tolerance:
+        raise GateError(f"Outputs of {what} differ by {difference:.1e}, more than {tolerance:.0e}.")
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]

@@ -1,0 +1,41 @@
+"""Benchmarks by name. Each returns a Table and records its raw samples in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Table:
+    """One benchmark's result: rows for people, samples for machines, targets met or missed."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+    raw: dict[str, Any] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+
+    def target(self, what: str, reached: float, wanted: float) -> None:
+        verdict = "met" if reached >= wanted else "missed"
+        self.targets.append(f"{what}: {reached:.2f}x, target {wanted:.2f}x: {verdict}")
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    name: str
+    summary: str
+    run: Callable[[], Table]
+
+
+BENCHMARKS: dict[str, Benchmark] = {}
+
+
+def benchmark(name: str) -> Callable[[Callable[[], Table]], Callable[[], Table]]:
+    """Registers a function under ``name``; the first line of its docstring is what ``list`` shows."""
+
+    def register(run: Callable[[], Table]) -> Callable[[], Table]:
+        BENCHMARKS[name] = Benchmark(name, (run.__doc__ or "").splitlines()[0], run)
+        return run
+
+    return register

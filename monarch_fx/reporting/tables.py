@@ -1,0 +1,203 @@
+"""Plans as plain text, 120 columns wide: one row a product."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from rich.box import Box
+from rich.console import Console, RenderableType
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from monarch_fx.records import Candidate, Decision, Declined, Plan
+
+WIDTH = 120
+_SHORTEST_NAME = 20
+# A rule of dashes below the header and nothing else, in ASCII: terminals, logs and issue trackers all show it.
+_RULE = Box("    \n    \n -  \n    \n    \n    \n    \n    \n", ascii=True)
+
+Justify = Literal["left", "right"]
+
+
+def plan_table(plan: Plan) -> str:
+    """What ``print(plan)`` shows: what was asked and reached, then every product, rewritten, dense or declined."""
+    parts: list[RenderableType] = [_summary(plan)]
+    rewritten = plan.rewritten
+    dense = [decision for decision in plan.decisions if decision.shape is None]
+    if rewritten:
+        parts += [f"\nRewritten ({len(rewritten)})", _rewritten(plan, rewritten)]
+    if dense:
+        parts += [f"\nEligible, kept dense ({len(dense)})", _dense(plan, dense)]
+    if plan.declined:
+        parts += [f"\nNot eligible ({len(plan.declined)})", _declined(plan.declined)]
+    return _render(parts)
+
+
+def _summary(plan: Plan) -> Table:
+    eligible, kept = plan.eligible_params, plan.kept_params
+    model = plan.model_params
+    dense_s, time_s = sum(d.dense_s for d in plan.decisions), sum(d.time_s for d in plan.decisions)
+    asked = "structure forced" if plan.budget is None else f"asked {plan.budget:g}"
+    tokens = ", ".join(f"{count:,}" + (f" (weight {weight:g})" if weight != 1 else "") for count, weight in plan.tokens)
+    rows = [
+        ("budget", f"{asked}, reached {plan.reached:.3f} of the eligible parameters"),
+        (
+            "eligible",
+            f"{len(plan.decisions)} products, {compact(eligible)} -> {compact(kept)} parameters; "
+            f"{len(plan.rewritten)} rewritten, which hold {plan.rewritten_share:.0%} of them",
+        ),
+        (
+            "whole model",
+            f"{compact(model)} -> {compact(model - eligible + kept)} parameters ({1 - (eligible - kept) / model:.0%})",
+        ),
+        (
+            "predicted",
+            f"{milliseconds(dense_s)} -> {milliseconds(time_s)} ms a run in these products{_gain(dense_s, time_s)}",
+        ),
+        ("planned for", f"{plan.device}, {plan.dtype}, {plan.workload}, {tokens} tokens ({plan.tokens_source})"),
+        ("errors", plan.error_source),
+        ("captured by", plan.capture),
+        *(("note", note) for note in plan.notes),
+    ]
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    return grid
+
+
+def _rewritten(plan: Plan, decisions: Sequence[Decision]) -> Table:
+    header = ("product", "kind", "in -> out", "tokens", "grid, rank", "parameters", "error", "ms", "pays from")
+    rows = [
+        (
+            *_who(plan, decision.candidate),
+            str(decision.shape),
+            f"{compact(decision.candidate.params)}->{compact(decision.params)}",
+            _unless_nan(decision.error, f"{decision.error:.3f}"),
+            f"{milliseconds(decision.dense_s)}->{milliseconds(decision.time_s)}",
+            _break_even(decision),
+        )
+        for decision in decisions
+    ]
+    return _table(header, rows, right=("tokens", "parameters", "error", "ms", "pays from"))
+
+
+def _dense(plan: Plan, decisions: Sequence[Decision]) -> Table:
+    header = ("product", "kind", "in -> out", "tokens", "parameters", "ms", "dense because")
+    rows = [
+        (
+            *_who(plan, decision.candidate),
+            compact(decision.params),
+            milliseconds(decision.dense_s),
+            decision.reason,
+        )
+        for decision in decisions
+    ]
+    return _table(header, rows, right=("tokens", "parameters", "ms"))
+
+
+def _declined(declined: Sequence[Declined]) -> Table:
+    header = ("product", "kind", "in -> out", "calls", "parameters", "declined because")
+    rows = [
+        (
+            product.name,
+            product.kind,
+            f"{product.in_features} -> {product.out_features}",
+            str(product.calls),
+            compact(product.params) if product.params else "-",
+            product.reason,
+        )
+        for product in declined
+    ]
+    return _table(header, rows, right=("calls", "parameters"))
+
+
+def _who(plan: Plan, candidate: Candidate) -> tuple[str, str, str, str]:
+    size = f"{candidate.in_features} -> {candidate.out_features}"
+    if candidate.batch > 1:
+        size = f"{candidate.batch} x {size}"
+    return candidate.name, candidate.kind, size, _tokens(plan, candidate)
+
+
+def _tokens(plan: Plan, candidate: Candidate) -> str:
+    """Rows per call, '2048 x2' for two calls alike, one group per planned token count."""
+    groups = []
+    for main, _ in plan.tokens:
+        counts = candidate.token_counts(main)
+        distinct = sorted(set(counts), reverse=True)
+        groups.append("+".join(f"{n} x{counts.count(n)}" if counts.count(n) > 1 else str(n) for n in distinct))
+    return " | ".join(groups)
+
+
+def _break_even(decision: Decision) -> str:
+    if math.isnan(decision.time_s):
+        return "?"
+    return "never" if decision.break_even is None else f"{decision.break_even} tokens"
+
+
+def _gain(dense_s: float, time_s: float) -> str:
+    return "" if math.isnan(time_s) or not time_s else f" ({dense_s / time_s:.2f}x)"
+
+
+def compact(count: int) -> str:
+    """A count in three digits: 590k, 1.18M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= 0.9995 * size:
+            return f"{_three_digits(count / size)}{unit}"
+    return str(count)
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds in three digits, '?' where they are not known."""
+    return _unless_nan(seconds, _three_digits(seconds * 1e3))
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
+
+
+def _unless_nan(value: float, text: str) -> str:
+    return "?" if math.isnan(value) else text
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str]) -> Table:
+    """A table whose first column takes what the others leave, and whose last one wraps."""
+    table = Table(box=_RULE, show_edge=False, pad_edge=False, padding=0)
+    wraps = header[-1].endswith("because")
+    others = [max(len(row[i]) for row in [header, *rows]) for i in range(1, len(header) - wraps)]
+    reason = 36 if wraps else 0
+    name = max(_SHORTEST_NAME, WIDTH - sum(others) - reason - (len(header) - 1))
+    for i, title in enumerate(header):
+        justify: Justify = "right" if title in right else "left"
+        table.add_column(title, justify=justify, no_wrap=not (wraps and i == len(header) - 1))
+    for first, *rest in rows:
+        table.add_row(shorten(first, name), *rest)
+    return table
+
+
+def shorten(name: str, width: int) -> str:
+    """``name`` in at most ``width`` characters: leading parts become initials, then the middle is cut out."""
+    parts = name.split(".")
+    for i in range(len(parts) - 1):
+        if len(".".join(parts)) <= width:
+            break
+        if not parts[i].isdigit():
+            parts[i] = parts[i][:1]
+    short = ".".join(parts)
+    if len(short) <= width:
+        return short
+    head = (width - 2) // 2
+    return f"{short[:head]}..{short[len(short) - (width - 2 - head) :]}"
+
+
+def _render(parts: Sequence[RenderableType]) -> str:
+    # Product names hold brackets: no markup. Nothing is coloured, so that a file and a terminal show the same.
+    console = Console(file=io.StringIO(), width=WIDTH, no_color=True, markup=False, highlight=False, emoji=False)
+    with console.capture() as capture:
+        for part in parts:
+            console.print(part)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
