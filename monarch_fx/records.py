@@ -249,3 +249,36 @@ def _plan(data: dict[str, Any]) -> Plan:
     tokens = tuple((int(count), float(weight)) for count, weight in data.pop("tokens"))
     notes = tuple(data.pop("notes"))
     return Plan(decisions=tuple(decisions), declined=declined, tokens=tokens, notes=notes, **data)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was done to a model; print it, or take ``to_dict()``.
+
+    Attributes:
+        plan: The plan that was carried out.
+        errors: ``||W - M||_F / ||W||_F`` of every rewritten product, measured on its factors; NaN for ``init="random"``.
+        init: ``"project"`` or ``"random"``.
+        params_before: Parameters of the whole model, tied ones counted once.
+        params_after: The same after rewriting.
+        seconds: Wall-clock time of projection and rewriting.
+        versions: Of the libraries involved.
+    """
+
+    plan: Plan
+    errors: tuple[tuple[str, float], ...]
+    init: str
+    params_before: int
+    params_after: int
+    seconds: float
+    versions: tuple[tuple[str, str], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists and numbers, as JSON takes them."""
+        data = dataclasses.asdict(self)
+        return {**data, "errors": dict(self.errors), "versions": dict(self.versions)}
+
+    def __str__(self) -> str:
+        from monarch_fx.reporting.tables import report_table  # printing only
+
+        return report_table(self)

@@ -35,7 +35,7 @@ class DenseLike:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _dispatch(func, args, kwargs or {})
+        return dispatch(func, args, kwargs or {})
 
     @property
     def shape(self) -> torch.Size:
@@ -192,17 +192,17 @@ class MonarchWeight(DenseLike, nn.Module):
         )
         for i, (_, value) in enumerate(pieces):
             if isinstance(value, Monarch):
-                self._factor(f"R{self._suffix(i)}", value.R, requires_grad)
-                self._factor(f"L{self._suffix(i)}", value.L, requires_grad)
+                self._factor(f"R{self.suffix(i)}", value.R, requires_grad)
+                self._factor(f"L{self.suffix(i)}", value.L, requires_grad)
             else:
-                self._factor(f"dense{self._suffix(i)}", value, requires_grad)
+                self._factor(f"dense{self.suffix(i)}", value, requires_grad)
         if rest is not None:
             self._factor("rest", rest, requires_grad)
 
     def _factor(self, name: str, value: torch.Tensor, requires_grad: bool) -> None:
         self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=requires_grad))
 
-    def _suffix(self, piece: int) -> str:
+    def suffix(self, piece: int) -> str:
         return "" if len(self.views) == 1 else f"_{piece}"
 
     @property
@@ -215,7 +215,7 @@ class MonarchWeight(DenseLike, nn.Module):
 
     def monarch(self, piece: int = 0) -> Monarch | None:
         """The structured matrix of a piece; None where the piece is dense."""
-        shape, suffix = self.shapes[piece], self._suffix(piece)
+        shape, suffix = self.shapes[piece], self.suffix(piece)
         if shape is None:
             return None
         size = {"in_features": shape.in_features, "out_features": shape.out_features}
@@ -228,7 +228,7 @@ class MonarchWeight(DenseLike, nn.Module):
         covered = torch.zeros(self.strided_numel, dtype=torch.bool, device=self.device)
         for i, view in enumerate(self.views):
             monarch = self.monarch(i)
-            value = getattr(self, f"dense{self._suffix(i)}") if monarch is None else monarch.to_dense()
+            value = getattr(self, f"dense{self.suffix(i)}") if monarch is None else monarch.to_dense()
             at = view.gather(entries).reshape(-1)
             dense = dense.index_put((at,), value.reshape(-1))
             covered[at] = True
@@ -305,7 +305,7 @@ def _view_or_dense(operand: DenseLike, name: str, args: Any, kwargs: Any) -> Any
         return getattr(densify(operand, name), name)(*args, **kwargs)
 
 
-def _dispatch(func: Any, args: Any, kwargs: Any) -> Any:
+def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """A torch function that has a MonarchWeight, or a view of one, among its arguments."""
     name = op_name(func)
     if name in VIEW_OPERATIONS and isinstance(args[0], DenseLike):
@@ -376,7 +376,7 @@ def _multiplier(operand: DenseLike, matrix: MatrixView) -> Any:
             raise StructureError("A view that the plan doesn't know is indexed at run time.")
         return lambda x, bias=None, *, offs=None: _dense_product(x, whole, bias, offs)
     piece, flipped, element = found
-    suffix = root._suffix(piece)
+    suffix = root.suffix(piece)
     shape = root.shapes[piece]
     picks = element if element is not None else index
 

@@ -1,0 +1,1 @@
+"""Graphs: capture, candidates, selection, checks, rewriting."""

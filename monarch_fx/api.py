@@ -1,0 +1,342 @@
+"""The seven steps in order: capture, candidates, costs, plan, project, rewrite, report."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from tqdm.auto import tqdm
+
+from monarch_fx.config import MonarchConfig
+from monarch_fx.costs import DeviceProfile, resolve
+from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchError
+from monarch_fx.layers import MonarchWeight, init_factors
+from monarch_fx.passes import checks, graph, rewrite
+from monarch_fx.passes.candidates import find_candidates
+from monarch_fx.passes.capture import capture
+from monarch_fx.passes.inputs import own_inputs, user_inputs
+from monarch_fx.passes.select import Patterns, select
+from monarch_fx.planning import decide, grids
+from monarch_fx.projection import expected_seconds, prior_tail, project, tail_errors
+from monarch_fx.records import Candidate, Plan, Report
+from monarch_fx.structure import Monarch, MonarchShape
+
+DEFAULT_TOKENS = 4096
+ANNOUNCE_SECONDS = 20.0
+_REPORT = "_monarch_fx_report"
+
+Tokens = int | Mapping[int, float] | None
+
+
+def plan(
+    model: nn.Module | torch.export.ExportedProgram,
+    budget: float | None = None,
+    *,
+    example_inputs: Any = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    tokens: Tokens = None,
+    workload: str = "inference",
+    device: str | DeviceProfile = "auto",
+    config: MonarchConfig | None = None,
+    strict: bool = False,
+) -> Plan:
+    """Decides what ``monarchify`` would do, and changes nothing.
+
+    Args:
+        model: Any ``nn.Module`` (a ``GraphModule`` too), or an ``ExportedProgram``. On the meta device the errors come
+            from a prior by shape, since there are no values.
+        budget: Share of the eligible products' parameters that may be kept, in (0, 1]. May be left out where ``config``
+            forces a grid.
+        example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of ``forward``. Without them
+            the model's own dummy inputs give the graph, where it has any.
+        include: Which products may be rewritten: a glob on the name of a weight or its layer, a compiled regex, a
+            callable ``(name, owner) -> bool``, or a list of these. Default: all but output heads and embeddings.
+        exclude: Which products stay dense; wins over ``include``.
+        tokens: Rows of the activations that are planned for: a number, or ``{tokens: weight}``. Products with other row
+            counts are scaled alike. Default: what ``example_inputs`` give, else 4096.
+        workload: ``"inference"`` (forward) or ``"training"`` (forward and backward).
+        device: Profile that the cost model plans for: ``"auto"`` (where the model is), ``"cpu"``, ``"h100"``, ... or a
+            ``DeviceProfile``.
+        config: Further choices; see ``MonarchConfig``.
+        strict: Raise where the budget can't be reached.
+
+    Returns:
+        The plan: printable, ``to_json()``, editable, and replayed by ``monarchify(model, plan=plan)``.
+
+    Raises:
+        ConfigError: ``budget``, ``tokens`` or ``workload`` has no meaning.
+        NotAModuleError, WrappedModelError: ``model`` is no plain module.
+        ExampleInputsError, CaptureError: The model can't be captured on the inputs.
+        SelectionError, NoEligibleProductError: ``include``, ``exclude`` or the model leave nothing to do.
+        WeightError: A weight is NaN, infinite, quantised, sparse, integer or complex.
+        BudgetError: ``strict=True``, and the budget can't be reached.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        model = graph.program_module(model)
+    model = checks.check_model(model)
+    config = config or MonarchConfig()
+    _check_arguments(budget, workload, config)
+    meta = checks.on_meta(model)
+
+    inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
+    captured = graph.captured_module(model) or capture(model, inputs)
+    candidates, declined = find_candidates(captured, model)
+    candidates, declined = select(candidates, declined, model, include, exclude)
+    checks.check_weights(model, candidates, values=not meta)
+
+    profile = resolve(device, next(model.parameters()).device)
+    mix, tokens_source = _token_mix(tokens, candidates, captured.given)
+    dtype = _planned_dtype(candidates)
+    errors, error_source = _errors(model, candidates, config, meta)
+    decisions = decide(
+        candidates,
+        errors,
+        budget=budget,
+        config=config,
+        profile=profile,
+        tokens=mix,
+        workload=workload,
+        dtype=dtype,
+        strict=strict,
+    )
+    return Plan(
+        decisions=decisions,
+        declined=tuple(declined),
+        budget=budget,
+        tokens=tuple(mix.items()),
+        tokens_source=tokens_source,
+        workload=workload,
+        dtype=dtype,
+        device=profile.name,
+        error_source=error_source,
+        model_params=checks.total_params(model.parameters()),
+        fingerprint=checks.fingerprint(model),
+        capture=captured.how,
+    )
+
+
+def monarchify(
+    model: Any,
+    budget: float | None = None,
+    *,
+    plan: Plan | None = None,
+    example_inputs: Any = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+    tokens: Tokens = None,
+    workload: str = "inference",
+    inplace: bool = False,
+    init: str = "project",
+    device: str | DeviceProfile = "auto",
+    config: MonarchConfig | None = None,
+    strict: bool = False,
+) -> Any:
+    """Replaces the matrix products of ``model`` that pay by Monarch products.
+
+    Every argument that ``plan`` has too means the same here.
+
+    Args:
+        model: Any ``nn.Module``; a ``GraphModule`` gets ``monarch_bmm`` nodes in its graph; an ``ExportedProgram`` is
+            exported again.
+        budget: Share of the eligible products' parameters that may be kept, in (0, 1].
+        plan: A plan to replay, also one made for another copy of the same architecture; no other choice may be given.
+        inplace: Rewrite the argument itself, one parameter after the other, freeing each dense weight as it goes; for
+            models too big for two. After a failure it is a valid model, and ``report`` says what was done.
+        init: ``"project"`` (closed-form projection of the weights; Dao et al. 2022, section 3.3) or ``"random"`` (the
+            same structure with random factors whose product has the weight's own standard deviation).
+
+    Returns:
+        A rewritten model of the same class, independent of the argument; the argument itself with ``inplace=True``.
+
+    Raises:
+        PlanMismatchError: ``plan`` is for another architecture.
+        MetaDeviceError: The model has no values to project; such a model can only be planned.
+        As ``plan`` does, always before anything is changed.
+    """
+    if init not in ("project", "random"):
+        raise ConfigError(f'init must be "project" or "random", got {init!r}.')
+    if isinstance(model, torch.export.ExportedProgram):
+        options = {"plan": plan, "example_inputs": example_inputs, "include": include, "exclude": exclude}
+        options |= {"tokens": tokens, "workload": workload, "init": init, "device": device, "config": config}
+        rewritten = monarchify(graph.program_module(model), budget, inplace=True, strict=strict, **options)
+        return graph.export_again(model, rewritten)
+    model = checks.check_model(model)
+    if checks.on_meta(model):
+        raise MetaDeviceError(
+            f"{type(model).__name__} is on the meta device: it can be planned (monarch_fx.plan), and rewritten once it "
+            "is loaded."
+        )
+    choices = {"budget": budget, "include": include, "exclude": exclude, "tokens": tokens, "config": config}
+    if plan is None:
+        plan = globals()["plan"](
+            model,
+            example_inputs=example_inputs,
+            workload=workload,
+            device=device,
+            strict=strict,
+            **choices,
+        )
+    elif given := [name for name, value in choices.items() if value is not None]:
+        raise ConfigError(f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan.")
+    checks.check_plan(model, plan)
+    checks.check_weights(model, [d.candidate for d in plan.rewritten], values=True)
+    return _carry_out(model, plan, init, inplace)
+
+
+def report(model: nn.Module) -> Report:
+    """What ``monarchify`` did to ``model``.
+
+    Raises:
+        MonarchError: The model was not made by ``monarchify``.
+    """
+    made = getattr(model, _REPORT, None)
+    if not isinstance(made, Report):
+        raise MonarchError(f"{type(model).__name__} has no report: it was not made by monarch_fx.monarchify().")
+    return made
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` in which every Monarch weight is a plain dense parameter again; same outputs.
+
+    Raises:
+        NotAModuleError: ``model`` is not an ``nn.Module``.
+    """
+    model = checks.check_model(model)
+    dense = rewrite.copy_without(model, ())
+    rewrite.restore_dense(dense)
+    if hasattr(dense, _REPORT):
+        delattr(dense, _REPORT)
+    return dense
+
+
+def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
+    """Prints the graph of ``model``, one line a node, with one readable line for every ``monarch_bmm``.
+
+    Args:
+        model: A rewritten model, or any other.
+        example_inputs: As for ``plan``; without them the model's own dummy inputs are used.
+
+    Raises:
+        ExampleInputsError, CaptureError: The model can't be captured on the inputs.
+    """
+    model = checks.check_model(model)
+    inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
+    captured = graph.captured_module(model) or capture(model, inputs)
+    print("\n".join(graph.listing(captured, model)))
+
+
+def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool) -> nn.Module:
+    """Projects every weight that the plan rewrites, and installs the factors."""
+    start = time.perf_counter()
+    before = checks.total_params(model.parameters())
+    jobs = rewrite.by_parameter(plan)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    errors: dict[str, float] = {}
+    weights: dict[str, MonarchWeight] = {}
+
+    def finish(target: nn.Module) -> None:
+        after = checks.total_params(target.parameters())
+        seconds = time.perf_counter() - start
+        versions = (("torch", torch.__version__),)
+        setattr(target, _REPORT, Report(plan, tuple(errors.items()), init, before, after, seconds, versions))
+
+    try:
+        for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False, disable=len(jobs) < 2):
+            rows = iter([d.candidate.name for d in decisions if d.shape is not None])
+
+            def make(dense: torch.Tensor, shape: MonarchShape) -> Monarch:
+                monarch, errors[next(rows)] = _factors(dense, shape, init)  # noqa: B023 (called within the iteration)
+                return monarch
+
+            weight = rewrite.build_weight(parameters[name], decisions, make)
+            if inplace:
+                rewrite.install(model, name, weight)
+                del parameters[name]
+            else:
+                weights[name] = weight
+    finally:
+        if inplace:
+            finish(model)
+    if inplace:
+        target = model
+    else:
+        target = rewrite.copy_without(model, weights)
+        for name, weight in weights.items():
+            rewrite.install(target, name, weight)
+    if isinstance(target, fx.GraphModule):
+        graph.expose(target)
+    finish(target)
+    return target
+
+
+def _factors(dense: torch.Tensor, shape: MonarchShape, init: str) -> tuple[Monarch, float]:
+    """The structure of a dense weight (batch?, out, in), and its relative error."""
+    monarch = project(dense, shape)
+    if init == "random":
+        init_factors(monarch, float(dense.float().std()))
+        return monarch, float("nan")
+    wide = torch.promote_types(dense.dtype, torch.float32)
+    difference = monarch.to_dense().to(wide) - dense.to(wide)
+    return monarch, float(difference.norm() / dense.to(wide).norm().clamp_min(torch.finfo(wide).tiny))
+
+
+def _check_arguments(budget: Any, workload: str, config: MonarchConfig) -> None:
+    if budget is None and config.grid is None:
+        raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if budget is not None and not (number and 0 < budget <= 1):
+        raise ConfigError(f"budget must be in (0, 1], the share of parameters that may be kept; got {budget!r}.")
+    if workload not in ("inference", "training"):
+        raise ConfigError(f'workload must be "inference" or "training", got {workload!r}.')
+
+
+def _token_mix(tokens: Tokens, candidates: list[Candidate], given: bool) -> tuple[dict[int, float], str]:
+    """The token counts that are planned for, and where they come from."""
+    if tokens is not None:
+        mix = dict(tokens) if isinstance(tokens, Mapping) else {tokens: 1.0}
+        numbers = all(isinstance(t, int) and not isinstance(t, bool) and t > 0 for t in mix)
+        if not mix or not numbers or not all(weight > 0 for weight in mix.values()):
+            raise ConfigError(f"tokens must be a positive integer or {{tokens: weight}}, got {tokens!r}.")
+        total = sum(mix.values())
+        return {t: weight / total for t, weight in mix.items()}, "given"
+    main = [call.count for candidate in candidates for call in candidate.calls if call.share == 1.0 and call.count]
+    if given and main:
+        return {main[0]: 1.0}, "from example_inputs"
+    return {DEFAULT_TOKENS: 1.0}, "default, since no example_inputs say how many a run has"
+
+
+def _planned_dtype(candidates: list[Candidate]) -> str:
+    """The dtype that most parameters have."""
+    sizes: dict[str, int] = {}
+    for candidate in candidates:
+        sizes[candidate.dtype] = sizes.get(candidate.dtype, 0) + candidate.params
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _errors(
+    model: nn.Module, candidates: list[Candidate], config: MonarchConfig, meta: bool
+) -> tuple[dict[str, dict[tuple[int, int], Any]], str]:
+    """Relative squared errors of every candidate by grid and rank, and how they were estimated."""
+    wanted = {c.name: grids(c, config) for c in candidates}
+    if meta:
+        tails = {}
+        for c in candidates:
+            tails[c.name] = {grid: prior_tail(c.out_features, c.in_features, grid) for grid in wanted[c.name]}
+        return tails, "a prior by shape (the model has no values)"
+    sizes = [(c.batch, c.out_features, c.in_features) for c in candidates]
+    all_grids = sorted({grid for c in candidates for grid in wanted[c.name]})
+    seconds = expected_seconds(sizes, all_grids)
+    if seconds > ANNOUNCE_SECONDS:
+        warnings.warn(f"The spectra of {len(candidates)} weights take about {seconds:.0f} s.", stacklevel=3)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    tails = {}
+    for c in tqdm(candidates, desc="spectra", unit="weight", leave=False, disable=len(candidates) < 2):
+        tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name])
+    return tails, "block spectra of the weights"
+
+

@@ -1,0 +1,131 @@
+"""What is refused before anything is changed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from monarch_fx.errors import (
+    MetaDeviceError,
+    NotAModuleError,
+    PlanMismatchError,
+    WeightError,
+    WrappedModelError,
+)
+from monarch_fx.passes.candidates import tied_names
+from monarch_fx.records import Candidate, Plan
+
+
+def check_model(model: Any) -> nn.Module:
+    """The model itself, if it is a plain module.
+
+    Raises:
+        NotAModuleError: It is not an ``nn.Module``.
+        WrappedModelError: It is compiled, scripted, or wrapped for data parallelism; says what to pass instead.
+    """
+    if not isinstance(model, nn.Module):
+        raise NotAModuleError(
+            f"The model is a {type(model).__name__}; monarch_fx takes a torch.nn.Module, a torch.fx.GraphModule or a "
+            "torch.export.ExportedProgram."
+        )
+    kind = type(model).__name__
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise WrappedModelError("The model is compiled: pass the plain model (model._orig_mod), then compile the result.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise WrappedModelError("The model is a ScriptModule, which has no FX graph: pass the Python module.")
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise WrappedModelError(f"The model is wrapped in {kind}: pass model.module, then wrap the result.")
+    for path, module in model.named_modules():
+        name = type(module).__name__
+        if name in ("FullyShardedDataParallel", "FSDPModule") or any(
+            base.__name__ == "FSDPModule" for base in type(module).__mro__
+        ):
+            where = f" at {path!r}" if path else ""
+            raise WrappedModelError(f"The model is sharded by FSDP{where}: rewrite it before it is sharded.")
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            raise WrappedModelError(f"The module at {path!r} is compiled: rewrite the plain model, then compile.")
+    return model
+
+
+def check_weights(model: nn.Module, candidates: Sequence[Candidate], *, values: bool) -> None:
+    """Whether every candidate's weight can be projected; its numbers are only looked at where ``values`` is set.
+
+    Raises:
+        WeightError: A weight is quantised, sparse, integer or complex, or holds NaN or infinity; it is named.
+        MetaDeviceError: A part of the model is on the meta device where values are needed.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in dict.fromkeys(c.parameter for c in candidates):
+        parameter = parameters[name]
+        if parameter.is_quantized or parameter.layout != torch.strided:
+            kind = "quantised" if parameter.is_quantized else f"sparse ({parameter.layout})"
+            raise WeightError(f"The weight {name!r} is {kind}: dequantise or densify it, or exclude it.")
+        if not parameter.dtype.is_floating_point or parameter.element_size() < 2:
+            raise WeightError(
+                f"The weight {name!r} has dtype {parameter.dtype}; float64, float32, bfloat16 and float16 can be "
+                "projected: convert it, or exclude it."
+            )
+        if not values:
+            continue
+        if parameter.is_meta:
+            raise MetaDeviceError(f"The weight {name!r} is on the meta device and has no values: load the model first.")
+        if not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise WeightError(
+                f"The weight {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: mend it, or exclude it."
+            )
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether the whole model is on the meta device.
+
+    Raises:
+        MetaDeviceError: Only a part of it is; names the first weight there.
+    """
+    meta = [name for name, p in model.named_parameters() if p.is_meta]
+    if meta and len(meta) < len(list(model.parameters())):
+        raise MetaDeviceError(
+            f"{len(meta)} parameters are on the meta device and the others are not (the first is {meta[0]!r}): load all "
+            "of the model, or none of it to plan only."
+        )
+    return bool(meta)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash of names, shapes and ties of all parameters; never of values, device or dtype."""
+    ties = tied_names(model)
+    rows = [
+        f"{name} {tuple(p.shape)} {ties.get(name, '')}" for name, p in model.named_parameters(remove_duplicate=False)
+    ]
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
+
+
+def check_plan(model: nn.Module, plan: Plan) -> None:
+    """Whether ``plan`` was made for this architecture.
+
+    Raises:
+        PlanMismatchError: It was not; names what differs.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for decision in plan.decisions:
+        candidate = decision.candidate
+        parameter = parameters.get(candidate.parameter)
+        if parameter is None or tuple(parameter.shape) != candidate.parameter_shape:
+            has = "no such parameter" if parameter is None else f"shape {tuple(parameter.shape)}"
+            raise PlanMismatchError(
+                f"The plan is for another architecture: it has {candidate.parameter!r} of shape "
+                f"{candidate.parameter_shape}, the model has {has}."
+            )
+    if plan.fingerprint != fingerprint(model):
+        raise PlanMismatchError(
+            f"The plan is for another architecture: names, shapes or ties of parameters differ (fingerprint "
+            f"{plan.fingerprint}, the model's is {fingerprint(model)})."
+        )
+
+
+def total_params(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(t.numel() for t in tensors)

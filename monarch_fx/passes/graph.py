@@ -1,0 +1,221 @@
+"""The plain pass: GraphModule -> GraphModule with ``monarch_bmm`` nodes; and the readable listing of a graph."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses import FakeTensorMode
+from torch.utils import _pytree as pytree
+
+from monarch_fx.layers.weight import DenseLike, MonarchWeight, WeightView, dispatch, view_of
+from monarch_fx.passes.capture import Captured, captured_graph
+from monarch_fx.rules import op_name
+from monarch_fx.views import VIEW_OPERATIONS
+
+
+def program_module(program: torch.export.ExportedProgram) -> fx.GraphModule:
+    """The program as a GraphModule over copies of its parameters, without input guards."""
+    module = program.module(check_guards=False)
+    for owner in module.modules():
+        for key, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                owner._parameters[key] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+    return module
+
+
+def export_again(program: torch.export.ExportedProgram, module: fx.GraphModule) -> torch.export.ExportedProgram:
+    """Exports a rewritten ``program_module`` with the same inputs, sizes as free as they were."""
+    assert program.example_inputs is not None
+    args, kwargs = program.example_inputs
+    nodes = {node.name: node for node in program.graph.nodes}
+    leaves = [nodes[name].meta["val"] for name in program.graph_signature.user_inputs if isinstance(name, str)]
+
+    def spec(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return None
+        dim = torch.export.Dim
+        return {d: dim.AUTO if isinstance(n, torch.SymInt) else dim.STATIC for d, n in enumerate(value.shape)}
+
+    flat, tree = pytree.tree_flatten((args, kwargs))
+    shapes = pytree.tree_unflatten([spec(v) for v in leaves[: len(flat)]], tree)
+    dynamic = shapes[0] if not kwargs else {**dict(zip(_names(module), shapes[0], strict=False)), **shapes[1]}
+    return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic, strict=False)
+
+
+def _names(module: fx.GraphModule) -> list[str]:
+    return [node.target for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def captured_module(model: nn.Module) -> Captured | None:
+    """The model's own graph, where it is a GraphModule whose products stand in it."""
+    if not isinstance(model, fx.GraphModule) or any(node.op == "call_module" for node in model.graph.nodes):
+        return None
+    return captured_graph(model.graph, model, "the GraphModule's own graph")
+
+
+class _Factors:
+    """What ``dispatch`` needs of a MonarchWeight, with proxies in the place of the factors."""
+
+    def __init__(self, weight: MonarchWeight, path: str, tracer: fx.proxy.GraphAppendingTracer, mode: Any) -> None:
+        self.views, self.shapes = weight.views, weight.shapes
+        self.suffix, self.own_dtype = weight.suffix, weight.own_dtype
+        for name, factor in weight._parameters.items():
+            proxy = fx.Proxy(tracer.graph.create_node("get_attr", f"{path}.{name}"), tracer)
+            proxy.node.meta["val"] = mode.from_tensor(factor.detach())
+            setattr(self, name, proxy)
+
+
+def expose(module: fx.GraphModule) -> None:
+    """Writes every product with a MonarchWeight into the graph as ``monarch_bmm`` over its factors; in place.
+
+    Nodes keep their ``meta``; new nodes get ``meta["val"]`` where their inputs have it. The graph is linted.
+    """
+    old = module.graph
+    new = fx.Graph()
+    new._codegen = old._codegen
+    tracer = fx.proxy.GraphAppendingTracer(new)
+    env: dict[fx.Node, Any] = {}
+    mode = _fake_mode(old)
+    shared: dict[str, Any] = {}
+
+    def value(node: fx.Node) -> Any:
+        return env[node]
+
+    for node in old.nodes:
+        weight = _weight_at(module, node)
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), value)
+        if weight is not None:
+            root = shared.setdefault(node.target, _Factors(weight, str(node.target), tracer, mode))
+            env[node] = WeightView(root, weight.strided)
+        elif node.target is operator.getitem and isinstance(args[0], tuple):
+            env[node] = args[0][args[1]]
+        elif node.op in ("call_function", "call_method") and _reads_weight(args, kwargs):
+            last = len(new.nodes)
+            env[node] = _evaluate(node, args, kwargs)
+            _fill_meta(new, last, node)
+        else:
+            plain = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n].node)
+            copied = new.create_node(node.op, node.target, *plain, name=node.name, type_expr=node.type)
+            copied.meta = dict(node.meta)
+            env[node] = fx.Proxy(copied, tracer)
+    new.eliminate_dead_code()
+    new.lint()
+    module.graph = new
+    module.recompile()
+
+
+def _weight_at(module: nn.Module, node: fx.Node) -> MonarchWeight | None:
+    if node.op != "get_attr":
+        return None
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value if isinstance(value, MonarchWeight) else None
+
+
+def _reads_weight(args: Any, kwargs: Any) -> bool:
+    leaves = pytree.tree_leaves((args, kwargs), is_leaf=lambda leaf: isinstance(leaf, DenseLike))
+    return any(isinstance(leaf, DenseLike) for leaf in leaves)
+
+
+def _evaluate(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    name = op_name(node.target)
+    if name in VIEW_OPERATIONS and isinstance(args[0], DenseLike):
+        plain = {key: a for key, a in kwargs.items() if key != "memory_format"}
+        return view_of(args[0], name, *args[1:], **plain)
+    return dispatch(node.target, args, kwargs)
+
+
+def _fake_mode(graph: fx.Graph) -> Any:
+    for node in graph.nodes:
+        mode = getattr(node.meta.get("val"), "fake_mode", None)
+        if mode is not None:
+            return mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _fill_meta(graph: fx.Graph, start: int, origin: fx.Node) -> None:
+    """Values, stack traces and module stacks for nodes that a rewrite made."""
+    made = list(graph.nodes)[start:]
+    for node in made:
+        for key in ("stack_trace", "nn_module_stack"):
+            if key in origin.meta:
+                node.meta[key] = origin.meta[key]
+        known = all("val" in a.meta for a in node.all_input_nodes)
+        if node.op in ("call_function", "call_method") and "val" not in node.meta and known:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            with torch.no_grad():
+                if node.op == "call_function":
+                    node.meta["val"] = node.target(*args, **kwargs)
+                else:
+                    node.meta["val"] = getattr(args[0], node.target)(*args[1:], **kwargs)
+
+
+def listing(captured: Captured, model: nn.Module) -> list[str]:
+    """One line a node: name, operation, operands, shape; a ``monarch_bmm`` shows its weight and its structure."""
+    weights = {path: module for path, module in model.named_modules() if isinstance(module, MonarchWeight)}
+    lines = []
+    for graph in captured.graphs:
+        for node in graph.nodes:
+            if node in captured.parameters or node in captured.buffers:
+                continue
+            if node.op == "output":
+                lines.append(f"return {_operands(node, captured)}")
+                continue
+            shown = f"{node.name} = {_call(node)}({_operands(node, captured)})" if node.op != "placeholder" else node.name
+            note = _structure(node, captured, weights)
+            shape = _shape(node)
+            lines.append(f"{shown}{shape}{note}")
+    return lines
+
+
+def _call(node: fx.Node) -> str:
+    return op_name(node.target).removeprefix("monarch_fx::")
+
+
+def _operands(node: fx.Node, captured: Captured) -> str:
+    name = op_name(node.target)
+    if name == "monarch_fx::monarch_bmm":
+        owner = _owner(node, captured)
+        bias = node.args[3] if len(node.args) > 3 else None
+        shown = [str(node.args[0]), owner] + ([_operand(bias, captured)] if bias is not None else [])
+        return ", ".join(shown)
+    args = [_operand(a, captured) for a in node.args]
+    return ", ".join(args + [f"{key}={_operand(a, captured)}" for key, a in node.kwargs.items()])
+
+
+def _operand(value: Any, captured: Captured) -> str:
+    if isinstance(value, fx.Node):
+        return captured.parameters.get(value, captured.buffers.get(value, value.name))
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(_operand(item, captured) for item in value) + "]"
+    return repr(value) if isinstance(value, str) else str(value)
+
+
+def _owner(node: fx.Node, captured: Captured) -> str:
+    factor = next((captured.parameters[a] for a in node.all_input_nodes if a in captured.parameters), "?")
+    for a in node.args[1:3]:
+        if isinstance(a, fx.Node) and a in captured.parameters:
+            factor = captured.parameters[a]
+            break
+    return factor.rpartition(".")[0]
+
+
+def _shape(node: fx.Node) -> str:
+    value = node.meta.get("val", node.meta.get("example_value"))
+    if not isinstance(value, torch.Tensor):
+        return ""
+    return f"  # ({', '.join(str(n) for n in value.shape)})"
+
+
+def _structure(node: fx.Node, captured: Captured, weights: dict[str, MonarchWeight]) -> str:
+    if op_name(node.target) not in ("monarch_fx::monarch_bmm", "monarch_fx::monarch_grouped_mm"):
+        return ""
+    R, L = (a.meta["val"].shape for a in node.args[1:3])
+    inside = f"{R[-4] * R[-1]} -> {L[-4] * L[-1]}, grid {R[-3]}x{R[-4]}, rank {R[-2]}"
+    batch = R[0] if len(R) == 5 else 1
+    before, after = batch * R[-4] * R[-1] * L[-4] * L[-1], R.numel() + L.numel()
+    return f", {inside}, {before:,} -> {after:,} parameters"

@@ -1,0 +1,73 @@
+"""Model + decisions + factors -> rewritten model: every rewritten parameter makes room for a MonarchWeight."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+
+from monarch_fx.errors import MonarchError
+from monarch_fx.layers import MonarchWeight
+from monarch_fx.records import Decision, Plan
+from monarch_fx.structure import Monarch, MonarchShape
+
+# Makes the structure of one matrix (or batch of matrices) from its dense values.
+Make = Callable[[torch.Tensor, MonarchShape], Monarch]
+
+
+def by_parameter(plan: Plan) -> dict[str, list[Decision]]:
+    """The decisions of each parameter of which anything is rewritten."""
+    names = dict.fromkeys(d.candidate.parameter for d in plan.rewritten)
+    return {name: [d for d in plan.decisions if d.candidate.parameter == name] for name in names}
+
+
+def build_weight(parameter: torch.Tensor, decisions: Sequence[Decision], make: Make) -> MonarchWeight:
+    """The module that stands for ``parameter``: structured pieces, dense pieces, and the entries no product reads."""
+    pieces: list[tuple] = []
+    free = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+    for decision in decisions:
+        view = decision.candidate.view
+        dense = view.gather(parameter)
+        pieces.append((view, dense.clone() if decision.shape is None else make(dense, decision.shape)))
+        view.scatter(free, torch.zeros(view.numel, dtype=torch.bool, device=parameter.device))
+    rest = parameter.detach()[free].clone() if bool(free.any()) else None
+    return MonarchWeight(parameter.shape, pieces, rest, requires_grad=parameter.requires_grad)
+
+
+def install(model: nn.Module, name: str, weight: MonarchWeight) -> None:
+    """Puts ``weight`` where the parameter ``name`` is, under the same name."""
+    path, _, key = name.rpartition(".")
+    owner = model.get_submodule(path)
+    del owner._parameters[key]
+    weight.train(owner.training)
+    owner.register_module(key, weight)
+
+
+def copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:
+    """A deep copy of ``model``, ties kept, in which the parameters ``names`` are empty placeholders.
+
+    Raises:
+        MonarchError: The model can't be copied.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    memo = {id(parameters[name]): nn.Parameter(torch.empty(0), requires_grad=False) for name in names}
+    try:
+        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+    except Exception as error:
+        raise MonarchError(
+            f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): pass inplace=True to rewrite it "
+            "where it is."
+        ) from error
+
+
+def restore_dense(model: nn.Module) -> None:
+    """Puts a dense parameter, multiplied out, in the place of every MonarchWeight; in place."""
+    for module in list(model.modules()):
+        for key, child in list(module._modules.items()):
+            if isinstance(child, MonarchWeight):
+                with torch.no_grad():
+                    dense = nn.Parameter(child.to_dense_root(), requires_grad=child.requires_grad)
+                del module._modules[key]
+                module.register_parameter(key, dense)
