@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from monarch_fx.records import Call, Candidate, Decision, Declined, Plan
+from monarch_fx.records import Call, Candidate, Decision, Declined, Plan, Report
 from monarch_fx.reporting.tables import compact, milliseconds, shorten
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
@@ -98,6 +98,18 @@ def test_calls_and_several_planned_token_counts():
 
 def test_a_batch_of_matrices_shows_its_size():
     assert "8 x 768 -> 3072" in row(str(make_plan([rewritten("experts", batch=8)])), "experts")
+
+
+def test_a_report_shows_what_was_done_and_what_was_not():
+    plan = make_plan([rewritten("up.weight"), rewritten("down.weight")])
+    text = str(Report(plan, (("up.weight", 0.4375),), "project", 10_000_000, 8_132_416, 1.25, (("torch", "2.13.0"),)))
+
+    assert "1 of 2 planned products projected in 1.2 s" in text
+    assert "10,000,000 -> 8,132,416" in text
+    assert "torch 2.13.0" in text
+    assert "measured on the factors" in text
+    assert "0.438" in row(text, "up.weight")
+    assert text.index("Planned, not done (1)") < text.index("down.weight")
 
 
 def test_every_line_fits_and_is_plain_text():

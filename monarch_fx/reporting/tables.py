@@ -1,7 +1,8 @@
-"""Plans as plain text, 120 columns wide: one row a product."""
+"""Plans and reports as plain text, 120 columns wide: one row a product."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from monarch_fx.records import Candidate, Decision, Declined, Plan
+    from monarch_fx.records import Candidate, Decision, Declined, Plan, Report
 
 WIDTH = 120
 _SHORTEST_NAME = 20
@@ -24,25 +25,49 @@ Justify = Literal["left", "right"]
 
 def plan_table(plan: Plan) -> str:
     """What ``print(plan)`` shows: what was asked and reached, then every product, rewritten, dense or declined."""
-    parts: list[RenderableType] = [_summary(plan)]
-    rewritten = plan.rewritten
+    return _render([_grid(_summary(plan)), *_products(plan, plan.rewritten, ())])
+
+
+def report_table(report: Report) -> str:
+    """What ``print(report(model))`` shows: what was done, and the plan with the errors of the factors as made."""
+    plan = dataclasses.replace(report.plan, error_source="measured on the factors")
+    errors = dict(report.errors)
+    done = [
+        dataclasses.replace(d, error=errors[d.candidate.name]) for d in plan.rewritten if d.candidate.name in errors
+    ]
+    undone = [d for d in plan.rewritten if d.candidate.name not in errors]
+    how = "projected" if report.init == "project" else "given random factors"
+    rows = [
+        ("done", f"{len(done)} of {len(plan.rewritten)} planned products {how} in {report.seconds:.1f} s"),
+        ("parameters", f"{report.params_before:,} -> {report.params_after:,}"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in report.versions)),
+    ]
+    return _render([_grid([*rows, *_summary(plan)]), *_products(plan, done, undone)])
+
+
+def _products(plan: Plan, rewritten: Sequence[Decision], undone: Sequence[Decision]) -> list[RenderableType]:
     dense = [decision for decision in plan.decisions if decision.shape is None]
+    parts: list[RenderableType] = []
     if rewritten:
         parts += [f"\nRewritten ({len(rewritten)})", _rewritten(plan, rewritten)]
+    if undone:
+        parts += [f"\nPlanned, not done ({len(undone)})", _rewritten(plan, undone)]
     if dense:
         parts += [f"\nEligible, kept dense ({len(dense)})", _dense(plan, dense)]
     if plan.declined:
         parts += [f"\nNot eligible ({len(plan.declined)})", _declined(plan.declined)]
-    return _render(parts)
+    return parts
 
 
-def _summary(plan: Plan) -> Table:
+def _summary(plan: Plan) -> list[tuple[str, str]]:
     eligible, kept = plan.eligible_params, plan.kept_params
     model = plan.model_params
     dense_s, time_s = sum(d.dense_s for d in plan.decisions), sum(d.time_s for d in plan.decisions)
     asked = "structure forced" if plan.budget is None else f"asked {plan.budget:g}"
-    tokens = ", ".join(f"{count:,}" + (f" (weight {weight:g})" if weight != 1 else "") for count, weight in plan.tokens)
-    rows = [
+    tokens = ", ".join(
+        f"{count:,}" + (f" (weight {weight:.3g})" if weight != 1 else "") for count, weight in plan.tokens
+    )
+    return [
         ("budget", f"{asked}, reached {plan.reached:.3f} of the eligible parameters"),
         (
             "eligible",
@@ -62,6 +87,9 @@ def _summary(plan: Plan) -> Table:
         ("captured by", plan.capture),
         *(("note", note) for note in plan.notes),
     ]
+
+
+def _grid(rows: Sequence[tuple[str, str]]) -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True)
     grid.add_column(overflow="fold")
