@@ -227,7 +227,7 @@ def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
     model = checks.check_model(model)
     inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
     captured = graph.captured_module(model) or capture(model, inputs)
-    print("\n".join(graph.listing(captured, model)))
+    print("\n".join(graph.listing(captured)))
 
 
 def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool) -> nn.Module:

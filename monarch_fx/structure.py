@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from monarch_fx.errors import StructureError
 
 
@@ -62,3 +65,29 @@ class MonarchShape:
 
     def __str__(self) -> str:
         return f"{self.nblocks_out}x{self.nblocks_in} r{self.rank}"
+
+
+class Monarch:
+    """A Monarch matrix by its factors: ``W[j, k] = L[j, k]^T R[j, k]`` over a grid of blocks (Dao et al. 2022, section 3.1).
+
+    Args:
+        R: (nblocks_in, nblocks_out, rank, p), or (B, ...) for a batch of equal matrices.
+        L: (nblocks_out, nblocks_in, rank, s), or (B, ...).
+        in_features: Columns of W; default ``nblocks_in * p``; fewer where the grid pads.
+        out_features: Rows of W; default ``nblocks_out * s``.
+    """
+
+    def __init__(self, R: Tensor, L: Tensor, in_features: int | None = None, out_features: int | None = None) -> None:
+        self.R, self.L = R, L
+        self.in_features = in_features or R.shape[-4] * R.shape[-1]
+        self.out_features = out_features or L.shape[-4] * L.shape[-1]
+
+    @property
+    def shape(self) -> MonarchShape:
+        n_out, n_in, rank, _ = self.L.shape[-4:]
+        return MonarchShape(self.in_features, self.out_features, n_out, n_in, rank)
+
+    def to_dense(self) -> Tensor:
+        """W (out_features, in_features), or (B, out_features, in_features)."""
+        dense = torch.einsum("...jkrs,...kjrp->...jskp", self.L, self.R).flatten(-2).flatten(-3, -2)
+        return dense[..., : self.out_features, : self.in_features]

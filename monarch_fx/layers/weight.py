@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from monarch_fx.errors import DenseFallbackWarning, StructureError
 from monarch_fx.kernels.op import monarch_bmm, monarch_grouped_mm
@@ -432,7 +432,7 @@ def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:
 
 def _widened(x: Any, factor: Any) -> Any:
     """A half-precision activation that meets float32 factors is widened (T5 keeps ``wo`` in float32)."""
-    if x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, fx.Proxy) or x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
         return x
     return x.to(factor.dtype) if torch.promote_types(x.dtype, factor.dtype) == factor.dtype else x
 

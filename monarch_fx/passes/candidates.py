@@ -283,11 +283,13 @@ def _decline(
     """Writes down a product that can't be rewritten, with its reason."""
     kind = _KINDS.get(name, name)
     if isinstance(answer, Refusal):
-        value = next(v for a in statics for v in [found.values[a]] if isinstance(v, StaticValue))
-        view = value.static.view
-        label = value.parameter + StridedView.matrix(view, [0], list(range(1, view.ndim))).label(view.sizes)
-        size = math.prod(view.sizes[1:]), view.sizes[0] if view.sizes else 1
-        found.declined.append(Declined(label, kind, *size, math.prod(view.sizes), 1, answer.reason))
+        for value in (found.values[a] for a in statics):
+            if not isinstance(value, StaticValue) or value.static.ndim < 2:
+                continue
+            sizes = value.static.view.sizes
+            label = value.parameter + value.static.matrix([0], list(range(1, len(sizes)))).label(sizes)
+            inputs = math.prod(sizes[1:])
+            found.declined.append(Declined(label, kind, inputs, sizes[0], math.prod(sizes), 1, answer.reason))
         return
     dynamic = [a for a in node.all_input_nodes if a not in found.values]
     matrices = [a for a in computed if getattr(a.meta.get("val", a.meta.get("example_value")), "ndim", 0) > 1]
@@ -347,9 +349,8 @@ def _main_count(counts: Iterable[int]) -> int:
 
 
 def _unseen_layers(model: nn.Module, captured: Captured, found: Found) -> list[Declined]:
-    """Linear layers, and raw matrices where no inputs were run, that the captured graphs never multiply with."""
+    """Matrices, embeddings aside, that the captured graphs never read."""
     seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in _mentioned(captured, found)}
-    no_inputs = "without" in captured.how or "known layer types" in captured.how
     rows = []
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -357,11 +358,10 @@ def _unseen_layers(model: nn.Module, captured: Captured, found: Found) -> list[D
                 continue
             name = f"{path}.{key}" if path else key
             size = math.prod(parameter.shape[1:]), parameter.shape[0]
-            if isinstance(module, nn.Linear):
-                rows.append(Declined(name, "linear", *size, parameter.numel(), 0, "not used in the captured run"))
-            elif no_inputs and not isinstance(module, nn.Embedding):
-                reason = "its use was not captured: give example_inputs"
-                rows.append(Declined(name, "parameter", *size, parameter.numel(), 0, reason))
+            if not isinstance(module, nn.Embedding):
+                kind = "linear" if isinstance(module, nn.Linear) else "parameter"
+                reason = "not read in the captured run" if captured.given else "not seen: give example_inputs that use it"
+                rows.append(Declined(name, kind, *size, parameter.numel(), 0, reason))
     return rows
 
 

@@ -1,14 +1,17 @@
 """Any model -> FX graphs in which every parameter is a named node.
 
 Nothing is computed and no weight is copied: the graph is exported under fake tensors. Where export can't follow (a
-decision on data), dynamo's graphs are taken from a real run; without any inputs, a symbolic trace, or at least the
-known layer types, tell the products.
+decision on data), a real run is recorded; without any inputs, a symbolic trace, or at least the known layer types, tell
+the products.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import io
 import logging
+import operator
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,10 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from monarch_fx.errors import CaptureError, ExampleInputsError
+from monarch_fx.layers.attention import multi_head_attention
 from monarch_fx.passes.inputs import Inputs
+from monarch_fx.rules import op_name
 
 
 @dataclass
@@ -30,7 +36,7 @@ class Captured:
     """The graphs of one run.
 
     Attributes:
-        graphs: One where export worked; several where dynamo had to break.
+        graphs: In the order in which they run.
         parameters: Nodes that are parameters, with their qualified names.
         buffers: Nodes that are buffers or constants.
         sizes: The symbols of the input sizes, with their values in the captured run.
@@ -64,7 +70,7 @@ def capture(model: nn.Module, inputs: Inputs | None) -> Captured:
     inputs = inputs.on(_device(model))
     failures = []
     with _quiet(model):
-        for front_end in (_export_dynamic, _export_static, _dynamo):
+        for front_end in (_export_dynamic, _export_static, _recorded_run):
             try:
                 return front_end(model, inputs)
             except Exception as error:  # a front end fails in its own ways; the next one is tried
@@ -94,17 +100,16 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no fused attention, no third-party warnings; everything is put back after."""
     training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    exporter = logging.getLogger("torch.export")
-    level = exporter.level
+    disabled = logging.root.manager.disable
     try:
         model.eval()
         torch.backends.mha.set_fastpath_enabled(False)
-        exporter.setLevel(logging.ERROR)
+        logging.disable(logging.CRITICAL)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        exporter.setLevel(level)
+        logging.disable(disabled)
         torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, mode in training.items():
             module.training = mode
@@ -117,20 +122,22 @@ def _export_dynamic(model: nn.Module, inputs: Inputs) -> Captured:
     shapes: Any = pytree.tree_map(spec, inputs.kwargs if not inputs.args else inputs.args)
     if inputs.args and inputs.kwargs:
         shapes = _named_specs(model, inputs, spec)
-    program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
-    return captured_program(program, "torch.export with symbolic sizes", inputs.given)
+    return _export(model, inputs, shapes, "torch.export with symbolic sizes")
 
 
 def _named_specs(model: nn.Module, inputs: Inputs, spec: Any) -> dict[str, Any]:
-    import inspect
-
     bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
     return {name: pytree.tree_map(spec, value) for name, value in bound.arguments.items()}
 
 
 def _export_static(model: nn.Module, inputs: Inputs) -> Captured:
-    program = torch.export.export(model, inputs.args, inputs.kwargs, strict=False)
-    return captured_program(program, "torch.export with the sizes of the inputs", inputs.given)
+    return _export(model, inputs, None, "torch.export with the sizes of the inputs")
+
+
+def _export(model: nn.Module, inputs: Inputs, shapes: Any, how: str) -> Captured:
+    with contextlib.redirect_stderr(io.StringIO()):  # a failing export prints its whole graph
+        program = torch.export.export(model, inputs.args, inputs.kwargs, dynamic_shapes=shapes, strict=False)
+    return captured_program(program, how, inputs.given)
 
 
 def captured_program(program: torch.export.ExportedProgram, how: str, given: bool) -> Captured:
@@ -159,32 +166,64 @@ def _name_symbols(captured: Captured, node: fx.Node) -> None:
                 captured.sizes[expr] = int(hint)
 
 
-def _dynamo(model: nn.Module, inputs: Inputs) -> Captured:
-    names = {id(p): name for name, p in model.named_parameters()}
-    buffers = {id(b): name for name, b in model.named_buffers()}
-    captured = Captured([], {}, {}, "dynamo, in the graphs of a real run", inputs.given)
-
-    def collect(gm: fx.GraphModule, example_inputs: list[Any]) -> Any:
-        captured.graphs.append(gm.graph)
-        placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-        for node, value in zip(placeholders, example_inputs, strict=True):
-            if id(value) in names:
-                captured.parameters[node] = names[id(value)]
-            elif id(value) in buffers:
-                captured.buffers[node] = buffers[id(value)]
-            else:
-                _name_symbols(captured, node)
-        return gm.forward
-
-    torch._dynamo.reset()
-    try:
-        torch.compile(model, backend=collect, dynamic=True)(*inputs.args, **inputs.kwargs)
-    finally:
-        torch._dynamo.reset()
-    if not captured.parameters:
-        raise CaptureError("dynamo captured no parameter")
-    captured.how += f" ({len(captured.graphs)} graphs)"
+def _recorded_run(model: nn.Module, inputs: Inputs) -> Captured:
+    recorder = _Recorder(model)
+    with recorder:
+        model(*inputs.args, **inputs.kwargs)
+    captured = recorder.captured
+    captured.given = inputs.given
     return captured
+
+
+class _Recorder(TorchFunctionMode):
+    """Runs the model for real and writes down every call that reads a parameter; control flow may do as it likes."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.graph = fx.Graph()
+        self.captured = Captured([self.graph], {}, {}, "recorded in a real run (export could not follow)", given=True)
+        # tensors made of parameters alone; kept alive, so that their ids stay theirs
+        self.static: dict[int, tuple[torch.Tensor, fx.Node]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.multi_head_attention_forward:
+            with self:  # its products are looked for one by one
+                return multi_head_attention(*args, **kwargs)
+        value = func(*args, **kwargs)
+        operands = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        results = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        if results and any(id(t) in self.static or id(t) in self.names for t in operands):
+            node = self.graph.call_function(func, *pytree.tree_map(self._argument, (args, kwargs)))
+            picked = op_name(func) == "getitem" and id(args[0]) in self.static  # by an index made at run time
+            if picked or all(id(t) in self.static or id(t) in self.names for t in operands):
+                self._remember(value, node)
+        return value
+
+    def _argument(self, leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if id(leaf) in self.static:
+            return self.static[id(leaf)][1]
+        node = self.graph.create_node("get_attr" if id(leaf) in self.names else "placeholder", "x")
+        node.meta["val"] = _shape_only(leaf)
+        if id(leaf) in self.names:
+            self.captured.parameters[node] = self.names[id(leaf)]
+            self.static[id(leaf)] = leaf, node
+        return node
+
+    def _remember(self, value: Any, node: fx.Node) -> None:
+        if isinstance(value, torch.Tensor):
+            node.meta["val"] = _shape_only(value)
+            self.static[id(value)] = value, node
+        elif isinstance(value, (tuple, list)):
+            for i, item in enumerate(value):
+                self._remember(item, self.graph.call_function(operator.getitem, (node, i)))
+
+
+def _shape_only(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty(value.shape, dtype=value.dtype, device="meta")
 
 
 class _Inliner(fx.Tracer):

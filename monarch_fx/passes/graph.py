@@ -101,9 +101,9 @@ def expose(module: fx.GraphModule) -> None:
             copied = new.create_node(node.op, node.target, *plain, name=node.name, type_expr=node.type)
             copied.meta = dict(node.meta)
             env[node] = fx.Proxy(copied, tracer)
-    new.eliminate_dead_code()
-    new.lint()
     module.graph = new
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
     module.recompile()
 
 
@@ -154,22 +154,26 @@ def _fill_meta(graph: fx.Graph, start: int, origin: fx.Node) -> None:
                     node.meta["val"] = getattr(args[0], node.target)(*args[1:], **kwargs)
 
 
-def listing(captured: Captured, model: nn.Module) -> list[str]:
+def listing(captured: Captured) -> list[str]:
     """One line a node: name, operation, operands, shape; a ``monarch_bmm`` shows its weight and its structure."""
-    weights = {path: module for path, module in model.named_modules() if isinstance(module, MonarchWeight)}
-    lines = []
+    symbols = ", ".join(f"{symbol} = {name}" for symbol, name in captured.symbol_names.items())
+    lines = [f"# {symbols}"] if symbols else []
     for graph in captured.graphs:
         for node in graph.nodes:
-            if node in captured.parameters or node in captured.buffers:
+            if node in captured.parameters or node in captured.buffers or _checks_only(node):
                 continue
             if node.op == "output":
                 lines.append(f"return {_operands(node, captured)}")
                 continue
             shown = f"{node.name} = {_call(node)}({_operands(node, captured)})" if node.op != "placeholder" else node.name
-            note = _structure(node, captured, weights)
+            note = _structure(node)
             shape = _shape(node)
             lines.append(f"{shown}{shape}{note}")
     return lines
+
+
+def _checks_only(node: fx.Node) -> bool:
+    return node.op == "call_function" and op_name(node.target).startswith("_assert")
 
 
 def _call(node: fx.Node) -> str:
@@ -211,7 +215,7 @@ def _shape(node: fx.Node) -> str:
     return f"  # ({', '.join(str(n) for n in value.shape)})"
 
 
-def _structure(node: fx.Node, captured: Captured, weights: dict[str, MonarchWeight]) -> str:
+def _structure(node: fx.Node) -> str:
     if op_name(node.target) not in ("monarch_fx::monarch_bmm", "monarch_fx::monarch_grouped_mm"):
         return ""
     R, L = (a.meta["val"].shape for a in node.args[1:3])

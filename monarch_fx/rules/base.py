@@ -90,4 +90,7 @@ def op_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverloadPacket):
         namespace, name = target._qualified_op_name.split("::")
         return name if namespace == "aten" else f"{namespace}::{name}"
-    return str(getattr(target, "__name__", target))
+    name = str(getattr(target, "__name__", target))
+    if name == "__get__":  # a property of torch.Tensor, such as T
+        return str(target.__self__.__name__)
+    return "getitem" if name == "__getitem__" else name
