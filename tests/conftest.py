@@ -1,4 +1,4 @@
-"""What holds for every test: no network, one thread, fixed seeds, compile caches of this run alone."""
+"""What holds for every test: no network, one thread, fixed seeds, caches of this run alone."""
 
 import os
 import shutil
@@ -10,14 +10,16 @@ import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder from the process that starts them
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp(prefix="monarch-fx-inductor-")
+    # Compiled code, and the user's cache folder: a device profile that lies there would change every plan.
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="monarch-fx-tests-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(os.environ["XDG_CACHE_HOME"], "inductor")
 
 import torch
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ["TORCHINDUCTOR_CACHE_DIR"], ignore_errors=True)
+        shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True, scope="session")
