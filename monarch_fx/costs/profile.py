@@ -1,0 +1,104 @@
+"""DeviceProfile: the constants of a device that the cost formulas need."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from monarch_fx.errors import DeviceProfileError
+
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class DeviceProfile:
+    """What a device can do; see ``formulas.py`` for how the numbers are used.
+
+    Args:
+        name: What a plan calls it.
+        source: Where the numbers come from, in words.
+        peak_flops: FLOP/s that large matrix products reach, by dtype ("float32", "bfloat16", ...), without sparsity.
+        bandwidth_bytes_per_s: Bytes read and written per second.
+        launch_s: Seconds that each kernel costs besides its work.
+        overlap: How far compute and traffic of one kernel run at the same time: 1 is max(compute, traffic), 0 the sum.
+        tile: Rows and columns of the results that one unit computes together; 1 where sizes aren't quantised.
+        units: Tiles computed at once (streaming multiprocessors of a GPU).
+        fill: Inner steps that a tile loses before its pipeline runs.
+
+    Raises:
+        DeviceProfileError: A number is not finite, negative, or zero where it must not be.
+    """
+
+    name: str
+    source: str
+    peak_flops: Mapping[str, float] = field(hash=False)
+    bandwidth_bytes_per_s: float
+    launch_s: float
+    overlap: float = 1.0
+    tile: int = 1
+    units: int = 1
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise DeviceProfileError(f"DeviceProfile.name must be a text, got {self.name!r}.")
+        if not isinstance(self.peak_flops, Mapping) or not self.peak_flops:
+            raise DeviceProfileError(
+                f'Profile {self.name!r}: peak_flops must map dtypes to FLOP/s, such as {{"float32": 1e12}}, '
+                f"got {self.peak_flops!r}."
+            )
+        for dtype, value in self.peak_flops.items():
+            if dtype not in DTYPE_BYTES:
+                raise DeviceProfileError(
+                    f"Profile {self.name!r}: peak_flops has the unknown dtype {dtype!r}. "
+                    f"Known: {', '.join(DTYPE_BYTES)}."
+                )
+            self._check(f"peak_flops[{dtype!r}]", value, positive=True)
+        for name in ("bandwidth_bytes_per_s", "tile", "units"):
+            self._check(name, getattr(self, name), positive=True)
+        for name in ("launch_s", "overlap", "fill"):
+            self._check(name, getattr(self, name), positive=False)
+        if self.overlap > 1:
+            raise DeviceProfileError(f"Profile {self.name!r}: overlap must be in [0, 1], got {self.overlap!r}.")
+
+    def _check(self, name: str, value: Any, *, positive: bool) -> None:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (positive and value == 0):
+            wanted = "a positive" if positive else "a non-negative"
+            raise DeviceProfileError(f"Profile {self.name!r}: {name} must be {wanted} finite number, got {value!r}.")
+
+    def peak(self, dtype: str) -> float:
+        """FLOP/s in ``dtype``.
+
+        Raises:
+            DeviceProfileError: The profile doesn't know the dtype.
+        """
+        if dtype not in self.peak_flops:
+            known = ", ".join(self.peak_flops)
+            raise DeviceProfileError(f"Profile {self.name!r} has no peak_flops for dtype {dtype!r}. Known: {known}.")
+        return self.peak_flops[dtype]
+
+    def to_json(self) -> str:
+        """The profile as JSON text; ``DeviceProfile.from_json`` reads it back unchanged."""
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return json.dumps({**fields, "peak_flops": dict(self.peak_flops)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> DeviceProfile:
+        """Reads what ``to_json`` wrote.
+
+        Raises:
+            DeviceProfileError: The text is not a profile.
+        """
+        try:
+            return DeviceProfile(**json.loads(text))
+        except (ValueError, TypeError) as error:
+            if isinstance(error, DeviceProfileError):
+                raise
+            raise DeviceProfileError(
+                f"This text is not a profile as DeviceProfile.to_json() writes it: {error}."
+            ) from error

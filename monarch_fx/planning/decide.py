@@ -1,0 +1,193 @@
+"""One decision per product: dense, or the structure that keeps the model's estimated error smallest."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from monarch_fx.config import MonarchConfig
+from monarch_fx.costs import DeviceProfile, break_even_tokens, dense_seconds, monarch_seconds
+from monarch_fx.errors import BudgetError, BudgetWarning
+from monarch_fx.planning.options import Option, is_forced, shapes
+from monarch_fx.planning.solver import pareto, solve
+from monarch_fx.records import Candidate, Decision
+from monarch_fx.structure import MonarchShape
+
+Errors = Mapping[str, Mapping[tuple[int, int], Sequence[float]]]
+NAMED = 5  # products that a message lists before it says how many more there are
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the times are predicted for."""
+
+    profile: DeviceProfile
+    tokens: Mapping[int, float]
+    workload: str
+    dtype: str
+
+    def rows(self, candidate: Candidate) -> dict[int, float]:
+        """Rows per call -> weight, over all calls; weights of the token counts sum to one."""
+        total = sum(self.tokens.values())
+        rows: dict[int, float] = {}
+        for tokens, weight in self.tokens.items():
+            for count in candidate.token_counts(tokens):
+                rows[count] = rows.get(count, 0.0) + weight / total
+        return rows
+
+    def seconds(self, candidate: Candidate, shape: MonarchShape | None) -> float:
+        """Predicted seconds of all calls in one run, mean over the token counts."""
+        rows = self.rows(candidate)
+        counts = np.array(list(rows))
+        batch, dtype, workload = candidate.batch, self.dtype, self.workload
+        if shape is None:
+            size = candidate.in_features, candidate.out_features
+            times = dense_seconds(self.profile, counts, *size, batch=batch, dtype=dtype, workload=workload)
+        else:
+            times = monarch_seconds(self.profile, counts, shape, batch=batch, dtype=dtype, workload=workload)
+        return float(np.dot(times, list(rows.values())))
+
+
+@dataclass(frozen=True)
+class Menu:
+    """What may be done with one candidate, and why it is no more than that."""
+
+    candidate: Candidate
+    dense: Option
+    options: tuple[Option, ...]  # dense among them, unless the structure is forced
+    refusal: str  # why no structure is among them; empty where there is one
+
+
+def decide(
+    candidates: Sequence[Candidate],
+    errors: Errors,
+    *,
+    budget: float | None,
+    config: MonarchConfig,
+    profile: DeviceProfile,
+    tokens: Mapping[int, float],
+    workload: str = "inference",
+    dtype: str = "float32",
+    strict: bool = False,
+) -> tuple[Decision, ...]:
+    """Chooses dense or one structure for every candidate.
+
+    The sum of relative squared errors, each counted once per call, is made smallest under the budget; no structure is
+    chosen that is predicted slower than dense, where ``config.require_speedup``. A structure that the user forces (a
+    grid with a rank, or without a budget) is taken whatever it costs.
+
+    Args:
+        candidates: The eligible products.
+        errors: ``errors[name][nblocks_out, nblocks_in][rank]`` is the relative squared error of that structure, for the
+            grids that ``grids`` names and all ranks up to ``min(s, p)``.
+        budget: Share of the candidates' parameters that may be kept, in (0, 1]; None with a forced grid.
+        config: Further choices.
+        profile: The device that is planned for.
+        tokens: Main token counts and their weights; times are weighted means.
+        workload: ``"inference"`` or ``"training"``.
+        dtype: Of the planned run.
+        strict: Raise where the budget can't be reached.
+
+    Raises:
+        BudgetError: ``strict``, and the budget can't be reached; else that is a ``BudgetWarning``.
+        DeviceProfileError: The profile doesn't know ``dtype``.
+    """
+    run = Run(profile, tokens, workload, dtype)
+    menus = [_menu(candidate, errors.get(candidate.name, {}), config, budget, run) for candidate in candidates]
+    if budget is None or is_forced(config, budget):
+        chosen, why = [menu.options[0] for menu in menus], "forced by config"
+    else:
+        chosen, why = _within(budget, menus, strict)
+    return tuple(_decision(menu, option, why, run) for menu, option in zip(menus, chosen, strict=True))
+
+
+def _menu(
+    candidate: Candidate,
+    errors: Mapping[tuple[int, int], Sequence[float]],
+    config: MonarchConfig,
+    budget: float | None,
+    run: Run,
+) -> Menu:
+    dense = Option(None, 0.0, run.seconds(candidate, None), candidate.params)
+    found = [
+        Option(
+            shape,
+            error2=max(0.0, float(errors[shape.nblocks_out, shape.nblocks_in][shape.rank])),
+            time_s=run.seconds(candidate, shape),
+            params=candidate.batch * shape.params,
+        )
+        for shape in shapes(candidate, config, budget)
+    ]
+    if not found:
+        return Menu(candidate, dense, (dense,), _too_small(candidate, config))
+    if is_forced(config, budget):
+        return Menu(candidate, dense, tuple(found), "")
+    allowed = [option for option in found if option.time_s <= dense.time_s or not config.require_speedup]
+    refusal = "" if allowed else f"every structure is predicted slower at {_token_text(run.rows(candidate))}"
+    return Menu(candidate, dense, (dense, *allowed), refusal)
+
+
+def _within(budget: float, menus: Sequence[Menu], strict: bool) -> tuple[list[Option], str]:
+    """The best choice under the budget, or the smallest one where the budget can't be reached."""
+    eligible = sum(menu.candidate.params for menu in menus)
+    smallest = [pareto(menu.options)[0] for menu in menus]
+    reached = sum(option.params for option in smallest)
+    if reached <= budget * eligible:
+        weights = [len(menu.candidate.calls) for menu in menus]
+        return solve(
+            [menu.options for menu in menus], weights, int(budget * eligible)
+        ), "smallest error under the budget"
+    message = (
+        f"The budget {budget:g} can't be reached, {reached / eligible:.3f} is the closest. In the way: "
+        f"{_in_the_way(budget, menus, smallest)}."
+    )
+    if strict:
+        raise BudgetError(message)
+    warnings.warn(message, BudgetWarning, stacklevel=4)
+    return smallest, "fewest parameters, the budget can't be reached"
+
+
+def _in_the_way(budget: float, menus: Sequence[Menu], smallest: Sequence[Option]) -> str:
+    """The products that can't be cut to the budget, those with most parameters too many first."""
+    excess = [option.params - budget * menu.candidate.params for menu, option in zip(menus, smallest, strict=True)]
+    order = sorted((i for i in range(len(menus)) if excess[i] > 0), key=lambda i: -excess[i])
+    named = []
+    for i in order[:NAMED]:
+        candidate = menus[i].candidate
+        why = menus[i].refusal or f"keeps at least {smallest[i].params / candidate.params:.2f}"
+        named.append(f"{candidate.name} ({why})")
+    more = [f"{len(order) - NAMED} more"] if len(order) > NAMED else []
+    return ", ".join(named + more)
+
+
+def _decision(menu: Menu, option: Option, why: str, run: Run) -> Decision:
+    shape = option.shape
+    break_even = None
+    if shape is not None:
+        break_even = break_even_tokens(
+            run.profile, shape, batch=menu.candidate.batch, dtype=run.dtype, workload=run.workload
+        )
+    return Decision(
+        candidate=menu.candidate,
+        shape=shape,
+        reason=menu.refusal or why,
+        error=option.error2**0.5,
+        dense_s=menu.dense.time_s,
+        time_s=option.time_s,
+        break_even=break_even,
+    )
+
+
+def _too_small(candidate: Candidate, config: MonarchConfig) -> str:
+    size = f"{candidate.out_features} x {candidate.in_features}"
+    if config.grid is not None and (config.grid[0] > candidate.out_features or config.grid[1] > candidate.in_features):
+        return f"a grid of {config.grid[0]}x{config.grid[1]} blocks doesn't fit {size} weights"
+    return f"no structure of rank {config.rank_multiple} has fewer parameters than {size} weights"
+
+
+def _token_text(rows: dict[int, float]) -> str:
+    counts = [f"{count:,}" for count in sorted(rows)]
+    return " and ".join([", ".join(counts[:-1]), counts[-1]] if len(counts) > 1 else counts) + " tokens"
