@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -346,7 +347,13 @@ def _dense(argument: Any, name: str) -> Any:
 
 
 def densify(operand: DenseLike, name: str) -> torch.Tensor:
-    """The dense values, for an operation that is no product; said aloud, since it costs what the factors save."""
+    """The dense values, for an operation that is no product."""
+    warn_dense(operand, name)
+    return operand.to_dense()
+
+
+def warn_dense(operand: DenseLike, name: str) -> None:
+    """Says aloud that the factors are multiplied out, since it costs what they save."""
     if not torch.compiler.is_compiling():
         warnings.warn(
             f"A Monarch weight of shape {tuple(operand.shape)} is multiplied out, because {name!r} reads it. The result "
@@ -354,7 +361,6 @@ def densify(operand: DenseLike, name: str) -> torch.Tensor:
             DenseFallbackWarning,
             stacklevel=4,
         )
-    return operand.to_dense()
 
 
 def _forbid_writing(name: str) -> None:
@@ -365,30 +371,46 @@ def _forbid_writing(name: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Match:
+    """Where a product's matrix lies in a weight: piece, orientation, element of its batch, slice of its rows."""
+
+    piece: int
+    flipped: bool = False
+    element: int | None = None
+    rows: slice | None = None
+
+
 def _multiplier(operand: DenseLike, matrix: MatrixView) -> Any:
-    """The product with the piece of the weight that ``matrix`` names; with all of it, sliced, where none fits."""
+    """The product with the piece of the weight that ``matrix`` names; with the dense values where none fits."""
     root, index, cast = operand.root, operand.index, operand.cast
-    found = _find_piece(root, matrix)
-    if found is None:
-        dense = densify(operand, "a product with an unplanned view")
-        whole = dense.reshape(-1).as_strided(*_strided_matrix(matrix)) if index is None else None
-        if whole is None:
-            raise StructureError("A view that the plan doesn't know is indexed at run time.")
-        return lambda x, bias=None, *, offs=None: _dense_product(x, whole, bias, offs)
-    piece, flipped, element = found
-    suffix = root.suffix(piece)
-    shape = root.shapes[piece]
-    picks = element if element is not None else index
+    match = _find_piece(root, matrix)
+    if match is None:
+        if index is not None:
+            raise StructureError("A view of a Monarch weight that the plan doesn't know is indexed at run time.")
+        warn_dense(operand, "a product with an unplanned view")
+        dense = root.to_dense_root().reshape(-1).as_strided(*_strided_matrix(matrix))
+        shape = (matrix.out_features, matrix.in_features)
+        dense = dense.reshape((matrix.batch_size, *shape) if matrix.batch else shape)
+        return lambda x, bias=None, *, offs=None: _dense_product(x, _chosen(dense, None, cast), bias, offs)
+    suffix, shape = root.suffix(match.piece), root.shapes[match.piece]
+    picks = match.element if match.element is not None else index
 
     def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
+        if match.rows is not None:
+            y = product(x)[..., match.rows]
+            return y if bias is None else y + bias
+        return product(x, bias, offs)
+
+    def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
         if shape is None:
             dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
-            return _dense_product(_widened(x, dense), dense.mT if flipped else dense, bias, offs)
+            return _dense_product(_widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
         R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
         L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
-        if flipped:
+        if match.flipped:  # the transposed matrix has the same factors, in the other order
             R, L = L, R
-        out = (shape.in_features if flipped else shape.out_features) if shape.padded else None
+        out = (shape.in_features if match.flipped else shape.out_features) if shape.padded else None
         x = _widened(x, R)
         if offs is not None:
             return monarch_grouped_mm(x, R, L, offs, out_features=out)
@@ -397,27 +419,41 @@ def _multiplier(operand: DenseLike, matrix: MatrixView) -> Any:
     return multiply
 
 
-def _find_piece(root: MonarchWeight, matrix: MatrixView) -> tuple[int, bool, int | None] | None:
-    """Which piece, whether transposed, and which matrix of its batch."""
+def _find_piece(root: MonarchWeight, matrix: MatrixView) -> _Match | None:
     for i, view in enumerate(root.views):
         if matrix == view:
-            return i, False, None
+            return _Match(i)
         if matrix == view.transposed:
-            return i, True, None
-    if matrix.batch:
-        return None
+            return _Match(i, flipped=True)
     for i, view in enumerate(root.views):
-        if len(view.batch) != 1:
-            continue
-        size, stride = view.batch[0]
-        element, remainder = divmod(matrix.offset - view.offset, stride)
-        if remainder or not 0 <= element < size:
-            continue
-        if matrix.out == view.out and matrix.inp == view.inp:
-            return i, False, element
-        if matrix.out == view.inp and matrix.inp == view.out:
-            return i, True, element
+        match = None if matrix.batch else (_element(i, matrix, view) or _rows(i, matrix, view))
+        if match is not None:
+            return match
     return None
+
+
+def _element(piece: int, matrix: MatrixView, view: MatrixView) -> _Match | None:
+    """One matrix of a batch: an expert that the model's own code picks."""
+    if len(view.batch) != 1:
+        return None
+    size, stride = view.batch[0]
+    element, remainder = divmod(matrix.offset - view.offset, stride)
+    if remainder or not 0 <= element < size:
+        return None
+    if matrix.out == view.out and matrix.inp == view.inp:
+        return _Match(piece, element=element)
+    return _Match(piece, flipped=True, element=element) if matrix.transposed.out == view.out and matrix.transposed.inp == view.inp else None
+
+
+def _rows(piece: int, matrix: MatrixView, view: MatrixView) -> _Match | None:
+    """Some rows of a piece: packed attention weights, planned as one product, that a call splits."""
+    if view.batch or len(view.out) != 1 or len(matrix.out) != 1 or matrix.inp != view.inp:
+        return None
+    (size, stride), (all_rows, all_stride) = matrix.out[0], view.out[0]
+    start, remainder = divmod(matrix.offset - view.offset, stride)
+    if remainder or stride != all_stride or start < 0 or start + size > all_rows:
+        return None
+    return _Match(piece, rows=slice(start, start + size))
 
 
 def _strided_matrix(matrix: MatrixView) -> tuple[list[int], list[int], int]:

@@ -102,7 +102,8 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     disabled = logging.root.manager.disable
     try:
-        model.eval()
+        for module in training:  # not model.eval(), which exported modules refuse
+            module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         logging.disable(logging.CRITICAL)
         with torch.no_grad(), warnings.catch_warnings():

@@ -51,7 +51,10 @@ def _names(module: fx.GraphModule) -> list[str]:
 
 def captured_module(model: nn.Module) -> Captured | None:
     """The model's own graph, where it is a GraphModule whose products stand in it."""
-    if not isinstance(model, fx.GraphModule) or any(node.op == "call_module" for node in model.graph.nodes):
+    if not isinstance(model, fx.GraphModule):
+        return None
+    called = [model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    if any(True for module in called for _ in module.parameters()):
         return None
     return captured_graph(model.graph, model, "the GraphModule's own graph")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -54,7 +55,9 @@ def copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     memo = {id(parameters[name]): nn.Parameter(torch.empty(0), requires_grad=False) for name in names}
     try:
-        return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch.export's own modules warn when they are copied
+            return copy.deepcopy(model, memo)  # type: ignore[arg-type]
     except Exception as error:
         raise MonarchError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): pass inplace=True to rewrite it "

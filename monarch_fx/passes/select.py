@@ -33,9 +33,10 @@ def select(
         SelectionError: A pattern matches no product of the model.
         NoEligibleProductError: Nothing is left to rewrite.
     """
-    names = [c.name for c in candidates] + [d.name for d in declined]
-    included = _matcher(include, "include", names, model)
-    excluded = _matcher(exclude, "exclude", names, model)
+    names = [c.name for c in candidates]
+    others = [d.name for d in declined]  # a pattern may name them, but they stay dense
+    included = _matcher(include, "include", names, others, model)
+    excluded = _matcher(exclude, "exclude", names, others, model)
     head_names = _head_names(model)
     kept, left = [], list(declined)
     for candidate in candidates:
@@ -73,7 +74,9 @@ def _head_names(model: nn.Module) -> set[str]:
     return {name for name, p in model.named_parameters(remove_duplicate=False) if p is weight}
 
 
-def _matcher(patterns: Patterns | None, which: str, names: Sequence[str], model: nn.Module) -> set[str] | None:
+def _matcher(
+    patterns: Patterns | None, which: str, names: Sequence[str], others: Sequence[str], model: nn.Module
+) -> set[str] | None:
     """The names that any of the patterns matches; None where there are no patterns."""
     if patterns is None:
         return None
@@ -81,9 +84,10 @@ def _matcher(patterns: Patterns | None, which: str, names: Sequence[str], model:
     matched: set[str] = set()
     for pattern in many:
         hits = {name for name in names if _matches(pattern, which, name, model)}
-        if not hits:
+        if not hits and (callable(pattern) or not any(_matches(pattern, which, name, model) for name in others)):
             shown = getattr(pattern, "pattern", pattern)
-            known = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            every = [*names, *others]
+            known = ", ".join(every[:6]) + (", ..." if len(every) > 6 else "")
             raise SelectionError(f"{which}={shown!r} matches no product. Products are named like: {known}")
         matched |= hits
     return matched

@@ -49,7 +49,7 @@ def einsum(equation: Any, *operands: Any, path: Any = None) -> Product | Refusal
 
     def rewrite(multiply: Any) -> Any:
         turned = x.permute([v.index(c) for c in batch + rows + summed])
-        lead = turned.shape[: len(batch) + len(rows)]
+        lead = [turned.shape[d] for d in range(len(batch) + len(rows))]
         if batch:
             flat = turned.flatten(len(batch) + len(rows)).flatten(0, len(batch) - 1)  # (B, *rows, in)
             flat = flat.flatten(1, -2) if rows else flat.unsqueeze(1)  # (B, tokens, in)
