@@ -7,6 +7,7 @@ It is registered in its owner under the parameter's own name. ``F.linear(x, self
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.variables import builtin as _dynamo_builtins
 
 from monarch_fx.errors import DenseFallbackWarning, StructureError
 from monarch_fx.kernels.op import monarch_bmm, monarch_grouped_mm
@@ -23,6 +25,10 @@ from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView
 
 Piece = tuple[MatrixView, "Monarch | torch.Tensor"]
+
+# Dynamo turns ``W @ x`` into ``x.matmul(W)`` when W is no tensor: its table of reversed operators lacks matmul (2.11 to
+# 2.14). With the entry it calls __rmatmul__, as eager mode does.
+_dynamo_builtins.BUILTIN_TO_TENSOR_RFN_MAP.setdefault(operator.matmul, torch.Tensor.__rmatmul__)
 
 
 class DenseLike:

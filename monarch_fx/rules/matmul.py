@@ -41,8 +41,8 @@ def _left(weight: Static, x: Any) -> Product | Refusal | None:
         matrix = weight.matrix(out=[0], inp=[1])
         if ndim(x) == 1:
             return Product(matrix, x, lambda multiply: multiply(x))
-        return Product(matrix, x, lambda multiply: multiply(x.mT).mT)
+        return Product(matrix, x, lambda multiply: multiply(x.transpose(-2, -1)).transpose(-2, -1))
     if weight.ndim == 3 and ndim(x) == 3:
         matrix = weight.matrix(out=[1], inp=[2], batch=[0])
-        return Product(matrix, x, lambda multiply: multiply(x.mT).mT)
+        return Product(matrix, x, lambda multiply: multiply(x.transpose(-2, -1)).transpose(-2, -1))
     return Refusal(f"a static operand of {weight.ndim} dimensions meets an activation of {ndim(x)}")
