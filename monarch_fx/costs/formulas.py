@@ -21,8 +21,10 @@ SIZES = sympy.symbols(
 )
 tokens, in_features, out_features, nblocks_out, nblocks_in, rank, batch, dtype_bytes = SIZES
 
-DEVICE = sympy.symbols("peak_flops bandwidth_bytes_per_s launch_s overlap tile units fill", nonnegative=True)
-peak_flops, bandwidth_bytes_per_s, launch_s, overlap, tile, units, fill = DEVICE
+DEVICE = sympy.symbols(
+    "peak_flops bandwidth_bytes_per_s copy_bytes_per_s launch_s overlap tile units fill", nonnegative=True
+)
+peak_flops, bandwidth_bytes_per_s, copy_bytes_per_s, launch_s, overlap, tile, units, fill = DEVICE
 # fmt: on
 
 
@@ -81,7 +83,7 @@ class Copy:
 
     @property
     def seconds(self) -> Expr:
-        return self.bytes_moved / bandwidth_bytes_per_s + launch_s * self.needed
+        return self.bytes_moved / copy_bytes_per_s + launch_s * self.needed
 
     @property
     def backward(self) -> tuple[Copy, ...]:

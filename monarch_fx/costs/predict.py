@@ -101,6 +101,7 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
     return (
         profile.peak(dtype),
         profile.bandwidth_bytes_per_s,
+        profile.copy_bytes_per_s,
         profile.launch_s,
         profile.overlap,
         profile.tile,

@@ -22,7 +22,8 @@ class DeviceProfile:
         name: What a plan calls it.
         source: Where the numbers come from, in words.
         peak_flops: FLOP/s that large matrix products reach, by dtype ("float32", "bfloat16", ...), without sparsity.
-        bandwidth_bytes_per_s: Bytes read and written per second.
+        bandwidth_bytes_per_s: Bytes read and written per second by matrix products.
+        copy_bytes_per_s: The same by a copy that transposes blocks.
         launch_s: Seconds that each kernel costs besides its work.
         overlap: How far compute and traffic of one kernel run at the same time: 1 is max(compute, traffic), 0 the sum.
         tile: Rows and columns of the results that one unit computes together; 1 where sizes aren't quantised.
@@ -37,6 +38,7 @@ class DeviceProfile:
     source: str
     peak_flops: Mapping[str, float] = field(hash=False)
     bandwidth_bytes_per_s: float
+    copy_bytes_per_s: float
     launch_s: float
     overlap: float = 1.0
     tile: int = 1
@@ -58,7 +60,7 @@ class DeviceProfile:
                     f"Known: {', '.join(DTYPE_BYTES)}."
                 )
             self._check(f"peak_flops[{dtype!r}]", value, positive=True)
-        for name in ("bandwidth_bytes_per_s", "tile", "units"):
+        for name in ("bandwidth_bytes_per_s", "copy_bytes_per_s", "tile", "units"):
             self._check(name, getattr(self, name), positive=True)
         for name in ("launch_s", "overlap", "fill"):
             self._check(name, getattr(self, name), positive=False)

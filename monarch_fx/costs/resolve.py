@@ -43,8 +43,7 @@ def _shipped_for(torch_device: torch.device) -> DeviceProfile:
     for profile in SHIPPED.values():
         if torch_device.type == "cuda" and profile.name in name.lower().replace(" ", ""):
             return profile
-    measure = f"measure_device({str(torch_device)!r}) once, or " if torch_device.type == "cuda" else ""
+    measure = f"run measure_device({str(torch_device)!r}) once, or " if torch_device.type == "cuda" else ""
     raise DeviceProfileError(
-        f"No shipped profile fits the device {name!r}: run {measure}pass the closest of "
-        f"{', '.join(map(repr, SHIPPED))}."
+        f"No shipped profile fits the device {name!r}: {measure}pass the closest of {', '.join(map(repr, SHIPPED))}."
     )

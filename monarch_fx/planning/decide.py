@@ -10,7 +10,7 @@ import numpy as np
 
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, break_even_tokens, dense_seconds, monarch_seconds
-from monarch_fx.errors import BudgetError, BudgetWarning
+from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
 from monarch_fx.planning.options import Option, is_forced, shapes
 from monarch_fx.planning.solver import pareto, solve
 from monarch_fx.records import Candidate, Decision
@@ -92,9 +92,12 @@ def decide(
         strict: Raise where the budget can't be reached.
 
     Raises:
+        ConfigError: Neither a budget nor a grid is given.
         BudgetError: ``strict``, and the budget can't be reached; else that is a ``BudgetWarning``.
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
+    if budget is None and config.grid is None:
+        raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
     run = Run(profile, tokens, workload, dtype)
     menus = [_menu(candidate, errors.get(candidate.name, {}), config, budget, run) for candidate in candidates]
     if budget is None or is_forced(config, budget):

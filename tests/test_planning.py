@@ -1,0 +1,394 @@
+"""Which structures are considered, the knapsack against brute force, and the decisions of a plan."""
+
+import itertools
+import math
+import time
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from monarch_fx.config import MonarchConfig
+from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds
+from monarch_fx.costs.shipped import SHIPPED
+from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError, MonarchWarning
+from monarch_fx.planning import Option, decide, grids, solver
+from monarch_fx.planning.options import shapes
+from monarch_fx.planning.solver import pareto, solve
+from monarch_fx.records import Call, Candidate, Decision
+from monarch_fx.structure import MonarchShape
+from monarch_fx.views import MatrixView
+
+Tails = dict[str, dict[tuple[int, int], Sequence[float]]]
+
+
+def candidate(
+    name: str, n_in: int, n_out: int, *, shares: Sequence[float] = (1.0,), experts: int | None = None
+) -> Candidate:
+    batch = () if experts is None else ((experts, n_in * n_out),)
+    view = MatrixView(batch, ((n_out, n_in),), ((n_in, 1),))
+    calls = tuple(Call("tokens", 0, share) for share in shares)
+    return Candidate(name, name, (n_out, n_in), view, "linear", calls, "float32")
+
+
+def tails(
+    candidates: Sequence[Candidate], config: MonarchConfig, decay: Callable[[str], float] = lambda _: 1.0
+) -> Tails:
+    """Errors of blocks whose singular values fall like ``i**-decay``."""
+    errors: Tails = {}
+    for c in candidates:
+        errors[c.name] = {}
+        for grid in grids(c, config):
+            shape = MonarchShape(c.in_features, c.out_features, *grid)
+            energy = np.arange(1.0, min(shape.p, shape.s) + 1) ** (-2 * decay(c.name))
+            errors[c.name][grid] = np.append(np.cumsum(energy[::-1])[::-1], 0.0) / energy.sum()
+    return errors
+
+
+def decided(
+    candidates: Sequence[Candidate],
+    budget: float | None = 0.5,
+    config: MonarchConfig | None = None,
+    *,
+    errors: Tails | None = None,
+    profile: str | DeviceProfile = "cpu",
+    tokens: dict[int, float] | None = None,
+    dtype: str = "float32",
+    workload: str = "inference",
+    strict: bool = False,
+) -> dict[str, Decision]:
+    config = config or MonarchConfig()
+    decisions = decide(
+        candidates,
+        tails(candidates, config) if errors is None else errors,
+        budget=budget,
+        config=config,
+        profile=SHIPPED[profile] if isinstance(profile, str) else profile,
+        tokens=tokens or {1024: 1.0},
+        workload=workload,
+        dtype=dtype,
+        strict=strict,
+    )
+    assert [d.candidate for d in decisions] == list(candidates)
+    return {d.candidate.name: d for d in decisions}
+
+
+def kept(decisions: dict[str, Decision]) -> float:
+    return sum(d.params for d in decisions.values()) / sum(d.candidate.params for d in decisions.values())
+
+
+BLOCK = [
+    (f"block.{part}", *sizes)
+    for part, sizes in {
+        "q": (256, 256),
+        "k": (256, 256),
+        "v": (256, 256),
+        "o": (256, 256),
+        "up": (256, 1024),
+        "down": (1024, 256),
+    }.items()
+]
+
+
+@pytest.fixture
+def block() -> list[Candidate]:
+    return [candidate(*part) for part in BLOCK]
+
+
+class TestOptions:
+    def test_grids_divide_and_leave_blocks_of_some_size(self) -> None:
+        counts = {(o, i) for o in (1, 2, 4, 8) for i in (1, 2, 4, 8)}
+        assert set(grids(candidate("w", 768, 768), MonarchConfig())) == counts
+        assert set(grids(candidate("w", 36, 768), MonarchConfig())) == {(o, i) for o in (1, 2, 4, 8) for i in (1, 2)}
+        assert set(grids(candidate("w", 768, 12), MonarchConfig(nblocks_choices=(2, 3)))) == {(1, 1)}
+
+    def test_sizes_that_no_count_divides_are_padded(self) -> None:
+        assert set(grids(candidate("w", 64, 101), MonarchConfig(nblocks_choices=(1, 2, 4)))) == {
+            (o, i) for o in (1, 2, 4) for i in (1, 2, 4)
+        }
+
+    def test_low_rank_is_always_there(self) -> None:
+        assert (1, 1) in grids(candidate("w", 64, 64), MonarchConfig(nblocks_choices=(4,)))
+
+    @settings(max_examples=100, deadline=None)
+    @given(
+        n_in=st.integers(1, 3000),
+        n_out=st.integers(1, 3000),
+        multiple=st.sampled_from([1, 8, 16]),
+        budget=st.floats(0.01, 1.0),
+    )
+    def test_ranks(self, n_in: int, n_out: int, multiple: int, budget: float) -> None:
+        config = MonarchConfig(rank_multiple=multiple)
+        found = shapes(candidate("w", n_in, n_out), config, budget)
+        assert len(set(found)) == len(found)
+        for grid, of_grid in itertools.groupby(found, key=lambda shape: (shape.nblocks_out, shape.nblocks_in)):
+            group = list(of_grid)
+            assert grid in grids(candidate("w", n_in, n_out), config)
+            assert len(group) <= 17
+            for shape in group:
+                assert shape.rank % multiple == 0
+                assert shape.rank <= min(shape.p, shape.s)
+                assert shape.params < n_in * n_out
+
+    def test_ratios_are_dense_and_meet_the_budget(self) -> None:
+        low_rank = [
+            s.ratio
+            for s in shapes(candidate("w", 4096, 4096), MonarchConfig(), 0.37)
+            if s.nblocks_out == s.nblocks_in == 1
+        ]
+        assert min(low_rank) < 0.05
+        assert max(low_rank) > 0.95
+        assert max(np.diff(low_rank)) < 0.08
+        one_rank = 16 * 2 / 4096
+        assert min(abs(ratio - 0.37) for ratio in low_rank) <= one_rank
+
+    def test_small_products_have_none(self) -> None:
+        router = candidate("router", 768, 8)
+        assert shapes(router, MonarchConfig(), 0.5) == ()
+        assert shapes(candidate("w", 1, 1), MonarchConfig(), 0.5) == ()
+
+
+class TestSolver:
+    @staticmethod
+    def options(pairs: Sequence[tuple[int, int]]) -> list[Option]:
+        return [Option(None, error2=error / 64, time_s=1.0, params=params) for params, error in pairs]
+
+    def test_pareto(self) -> None:
+        options = self.options([(5, 3), (5, 2), (7, 2), (8, 1), (3, 9), (4, 9)])
+        assert [(o.params, o.error2 * 64) for o in pareto(options)] == [(3, 9), (5, 2), (8, 1)]
+
+    def test_of_equal_options_the_fastest_stays(self) -> None:
+        slow, fast = Option(None, 0.5, 2.0, 10), Option(None, 0.5, 1.0, 10)
+        assert pareto([slow, fast]) == [fast]
+
+    @settings(max_examples=150, deadline=None)
+    @given(
+        menus=st.lists(
+            st.lists(st.tuples(st.integers(1, 40), st.integers(0, 64)), min_size=1, max_size=5), min_size=1, max_size=5
+        ),
+        room=st.floats(0, 1),
+        data=st.data(),
+    )
+    def test_against_brute_force(self, menus: list[list[tuple[int, int]]], room: float, data: st.DataObject) -> None:
+        options = [self.options(menu) for menu in menus]
+        weights = data.draw(st.lists(st.integers(1, 3), min_size=len(menus), max_size=len(menus)))
+        least = sum(min(o.params for o in menu) for menu in options)
+        most = sum(max(o.params for o in menu) for menu in options)
+        limit = int(least + room * (most - least))
+
+        def cost(choice: Sequence[Option]) -> float:
+            return sum(weight * option.error2 for weight, option in zip(weights, choice, strict=True))
+
+        allowed = [c for c in itertools.product(*options) if sum(o.params for o in c) <= limit]
+        chosen = solve(options, weights, limit)
+        assert sum(o.params for o in chosen) <= limit
+        assert cost(chosen) <= min(map(cost, allowed)) * (1 + solver.RELATIVE_GAP) + 1e-9
+
+    def test_a_time_limit_that_hits_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        rng = np.random.default_rng(0)
+        options = [self.options([(int(p), int(1e6 / p)) for p in rng.integers(1, 1000, 20)]) for _ in range(50)]
+        least = sum(min(o.params for o in menu) for menu in options)
+        monkeypatch.setattr(solver, "TIME_LIMIT_S", 1e-6)
+        with pytest.warns(MonarchWarning, match=r"best found in|No plan was found"):
+            chosen = solve(options, [1.0] * 50, 2 * least)
+        assert sum(o.params for o in chosen) <= 2 * least
+
+
+class TestDecide:
+    @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
+    def test_reaches_the_budget(self, block: list[Candidate], budget: float) -> None:
+        decisions = decided(block, budget)
+        assert budget - 0.02 <= kept(decisions) <= budget
+
+    def test_one_product_reaches_the_budget(self) -> None:
+        assert 0.48 <= kept(decided([candidate("w", 768, 768)], 0.5)) <= 0.5
+
+    def test_budget_one_keeps_all_dense(self, block: list[Candidate]) -> None:
+        decisions = decided(block, 1.0)
+        assert all(d.shape is None and d.error == 0 and d.time_s == d.dense_s for d in decisions.values())
+        assert {d.reason for d in decisions.values()} == {"smallest error under the budget"}
+
+    def test_errors_decide_who_is_cut(self, block: list[Candidate]) -> None:
+        errors = tails(block, MonarchConfig(), decay=lambda name: 2.0 if name == "block.up" else 0.2)
+        decisions = decided(block, 0.7, errors=errors)
+        ratios = {name: d.params / d.candidate.params for name, d in decisions.items()}
+        assert ratios["block.up"] == min(ratios.values())
+        shape = decisions["block.up"].shape
+        assert shape is not None
+        expected = errors["block.up"][shape.nblocks_out, shape.nblocks_in][shape.rank]
+        assert decisions["block.up"].error == pytest.approx(math.sqrt(expected), rel=1e-12)
+
+    def test_a_repeated_call_weighs_as_often(self) -> None:
+        once, often = candidate("once", 256, 256), candidate("often", 256, 256, shares=[1.0] * 5)
+        decisions = decided([once, often], 0.6)
+        assert decisions["often"].params > decisions["once"].params
+
+    def test_times_and_break_even_are_those_of_the_cost_model(self, block: list[Candidate]) -> None:
+        cpu = SHIPPED["cpu"]
+        tokens = {64: 3.0, 2048: 1.0}
+        for d in decided(block, tokens=tokens).values():
+            size = d.candidate.in_features, d.candidate.out_features
+            dense = sum(w / 4 * dense_seconds(cpu, t, *size) for t, w in tokens.items())
+            assert d.dense_s == pytest.approx(dense, rel=1e-12)
+            if d.shape is not None:
+                monarch = sum(w / 4 * monarch_seconds(cpu, t, d.shape) for t, w in tokens.items())
+                assert d.time_s == pytest.approx(monarch, rel=1e-12)
+                assert d.break_even is not None
+                assert monarch_seconds(cpu, d.break_even, d.shape) < dense_seconds(cpu, d.break_even, *size)
+
+    def test_times_add_up_over_calls(self) -> None:
+        twice = decided([candidate("w", 256, 256, shares=[1.0, 0.25])], 1.0)["w"]
+        expected = sum(dense_seconds(SHIPPED["cpu"], t, 256, 256) for t in (1024, 256))
+        assert twice.dense_s == pytest.approx(expected, rel=1e-12)
+
+    @settings(max_examples=25, deadline=None)
+    @given(
+        tokens=st.dictionaries(st.integers(1, 8192), st.floats(0.1, 10), min_size=1, max_size=3),
+        profile=st.sampled_from(list(SHIPPED)),
+        workload=st.sampled_from(["inference", "training"]),
+        budget=st.floats(0.05, 1.0),
+    )
+    def test_never_predicted_slower_than_dense(
+        self, tokens: dict[int, float], profile: str, workload: str, budget: float
+    ) -> None:
+        candidates = [candidate(*part) for part in BLOCK]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BudgetWarning)
+            decisions = decided(candidates, budget, profile=profile, tokens=tokens, workload=workload, dtype="bfloat16")
+        for d in decisions.values():
+            assert d.time_s <= d.dense_s
+            if d.shape is not None:
+                assert d.params < d.candidate.params
+
+    @pytest.mark.parametrize(
+        ("profile", "tokens", "sizes", "rewritten"),
+        [
+            ("cpu", 1024, (768, 3072), True),
+            ("cpu", 32, (768, 8), False),  # too small for rank 16
+            ("cpu", 32, (32, 32), False),  # a second launch costs more
+            ("h100", 8192, (4096, 4096), True),
+            ("h100", 1, (768, 768), False),  # launches
+            ("h100", 1, (4096, 14336), True),  # decode reads fewer weights
+        ],
+    )
+    def test_verdicts(self, profile: str, tokens: int, sizes: tuple[int, int], rewritten: bool) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BudgetWarning)
+            d = decided([candidate("w", *sizes)], profile=profile, tokens={tokens: 1.0}, dtype="bfloat16")["w"]
+        assert (d.shape is not None) == rewritten
+        assert d.reason
+
+    def test_reasons_say_why_a_product_stays_dense(self) -> None:
+        with pytest.warns(BudgetWarning):
+            decisions = decided(
+                [candidate("router", 768, 8), candidate("w", 768, 768)],
+                tokens={1: 1.0, 8: 1.0},
+                profile="h100",
+                dtype="bfloat16",
+            )
+        assert decisions["router"].reason == "no structure of rank 16 has fewer parameters than 8 x 768 weights"
+        assert decisions["w"].reason == "every structure is predicted slower at 1 and 8 tokens"
+
+    def test_without_the_time_rule_slower_structures_are_allowed(self) -> None:
+        config = MonarchConfig(require_speedup=False)
+        d = decided([candidate("w", 768, 768)], config=config, tokens={1: 1.0}, profile="h100")["w"]
+        assert d.shape is not None
+        assert d.time_s > d.dense_s
+
+    def test_batched_matrices_count_all_their_parameters(self) -> None:
+        d = decided([candidate("experts", 256, 512, experts=4)])["experts"]
+        assert d.shape is not None
+        assert d.params == 4 * d.shape.params
+        assert d.dense_s == pytest.approx(dense_seconds(SHIPPED["cpu"], 1024, 256, 512, batch=4), rel=1e-12)
+
+    def test_equal_input_gives_equal_output(self, block: list[Candidate]) -> None:
+        twins = [candidate(f"{i}.{c.name}", c.in_features, c.out_features) for c in block for i in range(3)]
+        assert decided(twins) == decided(twins)
+
+
+class TestBudgetOutOfReach:
+    @pytest.fixture
+    def crowd(self) -> list[Candidate]:
+        routers = [candidate(f"router.{i}", 768, 8 + i) for i in range(7)]
+        return [*routers, candidate("w", 256, 256)]
+
+    def test_the_closest_point_is_taken_and_those_in_the_way_are_named(self, crowd: list[Candidate]) -> None:
+        with pytest.warns(BudgetWarning) as caught:
+            decisions = decided(crowd, 0.2)
+        assert decisions["w"].shape is not None
+        assert decisions["w"].params == min(s.params for s in shapes(crowd[-1], MonarchConfig(), 0.2))
+        message = str(caught[0].message)
+        assert f"The budget 0.2 can't be reached, {kept(decisions):.3f} is the closest" in message
+        assert "router.6 (no structure of rank 16 has fewer parameters than 14 x 768 weights)" in message
+        assert message.endswith("2 more.")
+        assert "w (" not in message
+
+    def test_structures_that_are_too_large_are_named_too(self) -> None:
+        with pytest.warns(BudgetWarning, match=r"w \(keeps at least 0\.12\)"):
+            decided([candidate("w", 256, 256)], 0.01)
+
+    def test_strict_raises(self, crowd: list[Candidate]) -> None:
+        with pytest.raises(BudgetError, match=r"0\.2 can't be reached.*router\.6"):
+            decided(crowd, 0.2, strict=True)
+
+
+class TestForced:
+    def test_grid_and_rank_override_budget_and_time(self, block: list[Candidate]) -> None:
+        config = MonarchConfig(nblocks_out=2, nblocks_in=4, rank=1000)
+        decisions = decided(block, 0.1, config, tokens={1: 1.0}, profile="h100", strict=True)
+        for d in decisions.values():
+            n_in, n_out = d.candidate.in_features, d.candidate.out_features
+            assert d.shape == MonarchShape(n_in, n_out, 2, 4, rank=min(n_in // 4, n_out // 2))  # exact
+            assert d.error == 0
+            assert d.reason == "forced by config"
+            assert d.params >= d.candidate.params
+
+    @pytest.mark.parametrize(
+        ("config", "rank"),
+        [
+            (MonarchConfig(nblocks=4), 16),
+            (MonarchConfig(nblocks_out=8, nblocks_in=1), 32),
+            (MonarchConfig(nblocks=32), 1),
+        ],
+        ids=["4x4", "8x1", "32x32"],
+    )
+    def test_a_grid_without_budget_has_the_authors_rank(self, config: MonarchConfig, rank: int) -> None:
+        d = decided([candidate("w", 256, 1024)], None, config)["w"]
+        assert d.shape is not None
+        assert (d.shape.nblocks_out, d.shape.nblocks_in) == config.grid
+        assert d.shape.rank == rank
+
+    def test_a_grid_with_a_budget_leaves_the_rank_to_it(self, block: list[Candidate]) -> None:
+        decisions = decided(block, 0.5, MonarchConfig(nblocks=2))
+        assert {str(d.shape).split()[0] for d in decisions.values()} <= {"2x2", "None"}
+        assert 0.48 <= kept(decisions) <= 0.5
+
+    def test_products_that_the_grid_does_not_fit_stay_dense(self) -> None:
+        decisions = decided([candidate("gate", 768, 3), candidate("w", 256, 256)], None, MonarchConfig(nblocks=4))
+        assert decisions["gate"].shape is None
+        assert decisions["gate"].reason == "a grid of 4x4 blocks doesn't fit 3 x 768 weights"
+        assert decisions["w"].shape is not None
+
+    def test_padding_is_allowed(self) -> None:
+        d = decided([candidate("w", 101, 67)], None, MonarchConfig(nblocks=4, rank=3))["w"]
+        assert d.shape is not None
+        assert d.shape.padded
+
+    def test_neither_budget_nor_grid(self, block: list[Candidate]) -> None:
+        with pytest.raises(ConfigError, match="Give a budget"):
+            decided(block, None)
+
+
+def test_two_hundred_products_take_seconds() -> None:
+    rng = np.random.default_rng(0)
+    sizes = [(768, 768), (768, 768), (768, 768), (768, 768), (768, 3072), (3072, 768)]
+    candidates = [candidate(str(i), *sizes[i % 6]) for i in range(200)]
+    decay = {c.name: rng.uniform(0.2, 1.5) for c in candidates}
+    errors = tails(candidates, MonarchConfig(), decay=decay.__getitem__)
+    start = time.process_time()
+    decisions = decided(candidates, 0.4, errors=errors)
+    assert time.process_time() - start < 15  # 2 s on an idle core
+    assert 0.38 <= kept(decisions) <= 0.4
