@@ -352,6 +352,23 @@ class TestMeasure:
             profile = measure_device("cpu")
         assert profile.name.startswith("cpu ")
 
+    def test_random_numbers_of_the_user_go_on_as_before(self, quick: SimpleNamespace) -> None:
+        state = torch.get_rng_state()
+        measure_device("cpu")
+        assert torch.equal(torch.get_rng_state(), state)
+
+    @pytest.mark.parametrize("grid", [(1, 1), (2, 3), (4, 1), (1, 3)], ids=str)
+    def test_what_is_timed_is_the_monarch_product(self, grid: tuple[int, int]) -> None:
+        shape = MonarchShape(12, 8, *grid, rank=2)
+        x = torch.randn(5, 12, dtype=torch.float64)
+        y = torch.empty(5, 8, dtype=torch.float64)
+        R = torch.randn(grid[1], grid[0], 2, shape.p, dtype=torch.float64)
+        L = torch.randn(grid[0], grid[1], 2, shape.s, dtype=torch.float64)
+        made = timing.two_bmm(x, y, shape)(R.flatten(1, 2), L.flatten(1, 2))
+        dense = torch.einsum("jkrs,kjrp->jskp", L, R).reshape(8, 12)
+        # sums of at most 12 * 2 products of standard normal numbers
+        torch.testing.assert_close(made, x @ dense.T, rtol=0, atol=24 * 8 * torch.finfo(torch.float64).eps)
+
     def test_devices_that_cannot_be_measured(self) -> None:
         with pytest.raises(DeviceProfileError, match="'meta'"):
             measure_device("meta")

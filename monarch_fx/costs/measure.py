@@ -43,14 +43,16 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
     stored = None if force else cached_profile(target)
     if stored is not None:
         return stored
-    cases, times = time_products(target)
     bench = WORKBENCHES[target.type]
+    with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
+        cases, times = time_products(target)
+        peaks = relative_peaks(target)
     profile = fit_profile(
         cases,
         times,
         name=_description(target),
         dtype=bench.dtype,
-        relative_peaks=relative_peaks(target),
+        relative_peaks=peaks,
         tile=bench.tile,
         units=torch.cuda.get_device_properties(target).multi_processor_count if target.type == "cuda" else 1,
     )

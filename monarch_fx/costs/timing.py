@@ -19,7 +19,7 @@ from monarch_fx.structure import MonarchShape
 
 Run = Callable[[], object]
 
-GRIDS = ((1, 1), (2, 2), (4, 4), (4, 1), (1, 4))  # (nblocks_out, nblocks_in), each with half the dense parameters
+GRIDS = ((1, 1), (2, 2), (4, 4), (4, 1), (1, 4))  # (nblocks_out, nblocks_in)
 SLICE_S = 0.02  # seconds for one case in one round
 LIMIT_S = 30.0  # after which no further round begins
 
@@ -100,6 +100,7 @@ def relative_peaks(device: torch.device) -> dict[str, float]:
 
 
 def products(bench: Workbench) -> list[Case]:
+    """Every size at every number of tokens: dense, and every grid with about half the parameters."""
     cases = []
     for tokens, (n_in, n_out) in itertools.product(bench.tokens, bench.sizes):
         cases.append(Case(tokens, n_in, n_out, None))
@@ -121,7 +122,7 @@ def _runs(case: Case, pool: Tensor) -> list[Run]:
     shape = case.shape
     n_out, n_in, rank, p, s = shape.nblocks_out, shape.nblocks_in, shape.rank, shape.p, shape.s
     runs: list[Run] = []
-    run = _two_bmm(x, y, shape)
+    run = two_bmm(x, y, shape)
     for factors in _slices(pool, shape.params):
         R = factors[: n_in * n_out * rank * p].view(n_in, n_out * rank, p)
         L = factors[n_in * n_out * rank * p :].view(n_out, n_in * rank, s)
@@ -134,10 +135,18 @@ def _slices(pool: Tensor, size: int) -> list[Tensor]:
     return [pool[i * size : (i + 1) * size] for i in range(count)]
 
 
-def _two_bmm(x: Tensor, y: Tensor, shape: MonarchShape) -> Callable[[Tensor, Tensor], Tensor]:
-    """The reference lowering of a Monarch product, into buffers that are allocated once.
+def two_bmm(x: Tensor, y: Tensor, shape: MonarchShape) -> Callable[[Tensor, Tensor], Tensor]:
+    """The reference lowering of a Monarch product into ``y``, with buffers that are allocated once.
 
     Compiled models reuse their buffers; fresh ones would add the page faults of the allocator to every time.
+
+    Args:
+        x: (tokens, in_features).
+        y: (tokens, out_features).
+        shape: A structure without padding.
+
+    Returns:
+        A function of R (nblocks_in, nblocks_out * rank, p) and L (nblocks_out, nblocks_in * rank, s); it returns ``y``.
     """
     tokens, n_out, n_in, rank = len(x), shape.nblocks_out, shape.nblocks_in, shape.rank
     first = x.new_empty(n_in, tokens, n_out * rank)
@@ -159,7 +168,10 @@ def _two_bmm(x: Tensor, y: Tensor, shape: MonarchShape) -> Callable[[Tensor, Ten
 
 def _seconds(runs: Sequence[Run], device: torch.device) -> float:
     """Seconds of one run."""
-    return _cuda_seconds(runs) if device.type == "cuda" else _cpu_seconds(runs)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return _cuda_seconds(runs)
+    return _cpu_seconds(runs)
 
 
 def _cpu_seconds(runs: Sequence[Run]) -> float:
