@@ -28,7 +28,7 @@ def check_weight(weight: Tensor) -> None:
 
 
 def cut(matrix: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The blocks (nblocks_out, nblocks_in, s, p) of a matrix (out, in), padded with zeros where they don't divide it."""
+    """The blocks (nblocks_out, nblocks_in, s, p) of a matrix (out, in), padded with zeros to equal sizes."""
     (n_out, n_in), (rows, columns) = grid, matrix.shape
     padded = F.pad(matrix, (0, -columns % n_in, 0, -rows % n_out))
     return padded.unflatten(1, (n_in, -1)).unflatten(0, (n_out, -1)).transpose(1, 2)

@@ -23,22 +23,24 @@ def tail_errors(weight: Tensor, grids: Sequence[Grid]) -> dict[Grid, Tensor]:
 
     Returns:
         For each grid a float64 tensor ``tail`` on the CPU of length ``min(p, s) + 1``: ``tail[rank]`` is
-        ``||W - M||_F^2 / ||W||_F^2``, that is the energy of all singular values beyond ``rank``. It falls from 1 to 0;
-        it is all 0 where W is 0.
+        ``||W - M||_F^2 / ||W||_F^2``, that is the energy of all singular values beyond ``rank``. It falls from 1 to 0,
+        and is all 0 where W is 0. Its square root is good to 1e-3 (float32 Grams; float64 for float64 weights), and to
+        1e-6 where it exceeds 1 %.
 
     Raises:
         StructureError, WeightError, MetaDeviceError: As ``project``.
     """
     check_weight(weight)
-    matrices = weight.detach().reshape(-1, *weight.shape[-2:])
-    return {grid: _tail(sum(_energies(matrix, grid) for matrix in matrices)) for grid in grids}
+    wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    matrices = wide.reshape(-1, *weight.shape[-2:])
+    matrices = matrices / matrices.abs().max().clamp_min(torch.finfo(wide.dtype).tiny)  # squares stay in range
+    return {grid: _tail(torch.stack([_energies(matrix, grid) for matrix in matrices]).sum(0)) for grid in grids}
 
 
 def _energies(matrix: Tensor, grid: Grid) -> Tensor:
     """Squared singular values in falling order, summed over the blocks: (min(p, s),)."""
-    wide = torch.complex128 if matrix.is_complex() else torch.float64
-    gram = small_gram(cut(matrix.to(wide), grid))
-    return torch.linalg.eigvalsh(gram).clamp_min(0).sum((0, 1)).flip(0).cpu()
+    gram = small_gram(cut(matrix, grid))
+    return torch.linalg.eigvalsh(gram).double().clamp_min(0).sum((0, 1)).flip(0).cpu()
 
 
 def _tail(energies: Tensor) -> Tensor:
@@ -48,13 +50,17 @@ def _tail(energies: Tensor) -> Tensor:
 
 
 def expected_seconds(sizes: Sequence[tuple[int, int, int]], grids: Sequence[Grid]) -> float:
-    """Rough time of ``tail_errors`` for weights of (batch, out, in) on two CPU cores, to announce long waits."""
+    """Rough time of ``tail_errors`` for float32 weights of (batch, out, in) on two CPU cores, to announce long waits.
+
+    Fitted on an AVX-512 machine with MKL, for sides of blocks from 96 to 8192.
+    """
     total = 0.0
     for batch, out, inp in sizes:
         for n_out, n_in in grids:
-            s, p = -(-out // n_out), -(-inp // n_in)
-            side = min(s, p)
-            total += batch * out * inp * side * (1 / 40e9 + 1 / 12e9 * side / max(s, p))
+            side = min(-(-out // n_out), -(-inp // n_in))
+            gram = 2 * out * inp * side / 185e9
+            eigenvalues = n_out * n_in * (1.8e-11 * side**3 + 1.8e-8 * side**2)
+            total += batch * (gram + eigenvalues)
     return total
 
 
