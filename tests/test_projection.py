@@ -167,20 +167,28 @@ def test_refusals() -> None:
 
 @pytest.mark.parametrize(("out", "inp"), [(512, 512), (768, 256), (200, 600)])
 @pytest.mark.parametrize("grid", [(1, 1), (2, 2), (4, 1), (1, 4), (3, 7)])
-def test_prior_is_that_of_gaussian_weights(out: int, inp: int, grid: tuple[int, int]) -> None:
-    prior, tail = prior_tail(out, inp, grid), tail_errors(torch.randn(out, inp), [grid])[grid]
-    assert prior.shape == tail.shape
+def test_prior_lies_below_gaussian_weights(out: int, inp: int, grid: tuple[int, int]) -> None:
+    prior, gaussian = prior_tail(out, inp, grid), tail_errors(torch.randn(out, inp), [grid])[grid]
+    assert prior.shape == gaussian.shape
     assert prior.dtype == torch.float64
     assert prior[0] == 1
     assert prior[-1] == 0
     assert (prior.diff() <= 0).all()
-    # fluctuations of one sample, and the padding of grids that don't divide
-    torch.testing.assert_close(prior, tail, rtol=0, atol=0.01 if grid != (3, 7) else 0.03)
+    # 0.01 to 0.03: fluctuations of one sample, and the padding of grids that don't divide
+    slack = 0.01 if grid != (3, 7) else 0.03
+    assert (prior <= gaussian + slack).all()
+    assert (prior >= 0.7 * gaussian - slack).all()
 
 
 def test_prior_of_blocks_with_one_row() -> None:
-    torch.testing.assert_close(prior_tail(4, 4, (4, 4)), torch.tensor([1.0, 0.0], dtype=torch.float64))
+    assert prior_tail(4, 4, (4, 4)).tolist() == [1, 0]
     assert prior_tail(1, 100, (1, 1)).tolist() == [1, 0]
+
+
+def test_prior_of_large_weights_falls_with_rank_and_favours_low_rank() -> None:
+    low_rank, blocks = prior_tail(4096, 4096, (1, 1)), prior_tail(4096, 4096, (4, 4))
+    assert low_rank[1024] < blocks[256]  # the same number of parameters, half the dense
+    assert 0.2 < low_rank[1024] < 0.4
 
 
 def test_expected_seconds_grow_with_the_work() -> None:
