@@ -31,7 +31,7 @@ def tail_errors(weight: Tensor, grids: Sequence[Grid]) -> dict[Grid, Tensor]:
     """
     check_weight(weight)
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    scale = weight.abs().max().to(dtype).abs().clamp_min(torch.finfo(dtype).tiny)  # keeps squares in range
+    scale = float(weight.abs().max()) or 1.0  # keeps squares in range
     energies: dict[Grid, Tensor | float] = dict.fromkeys(grids, 0.0)
     for matrix in weight.detach().reshape(-1, *weight.shape[-2:]):
         scaled = matrix.to(dtype) / scale
