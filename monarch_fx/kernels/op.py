@@ -1,40 +1,63 @@
-"""monarch_bmm: the op's schema, its FLOP formula and the checks of its arguments."""
+"""The ops' schemas, the checks of their arguments, and the tag that keeps compile caches honest."""
 
 from __future__ import annotations
 
-from typing import Any
+import hashlib
+from pathlib import Path
 
 import torch
+import torch.compiler.config
 from torch import Tensor, fx
 
 from monarch_fx.errors import StructureError
-from monarch_fx.kernels.reference import grouped_reference, reference
+from monarch_fx.kernels import grouped, reference
 
-_LIBRARY = torch.library.Library("monarch_fx", "DEF")
+# Composite: one node in every trace and export, while autograd, functorch, autocast and Inductor see the ATen ops inside.
+_LIBRARY = torch.library.Library("monarch_fx", "FRAGMENT")
 _LIBRARY.define("monarch_bmm(Tensor x, Tensor R, Tensor L, Tensor? bias=None, *, SymInt? out_features=None) -> Tensor")
 _LIBRARY.define("monarch_grouped_mm(Tensor x, Tensor R, Tensor L, Tensor offs, *, SymInt? out_features=None) -> Tensor")
-_LIBRARY.impl("monarch_bmm", reference, "CompositeImplicitAutograd")
-_LIBRARY.impl("monarch_grouped_mm", grouped_reference, "CompositeImplicitAutograd")
+_LIBRARY.impl("monarch_bmm", reference.monarch_bmm, "CompositeImplicitAutograd")
+_LIBRARY.impl("monarch_grouped_mm", grouped.monarch_grouped_mm, "CompositeImplicitAutograd")
+
+
+def _tag_compile_caches() -> None:
+    """On-disk compile caches know an op by its name alone: tell them which body this is. The user's own tag is kept."""
+    sources = sorted(Path(__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    tag = f"monarch_fx={digest[:16]}"
+    if tag not in torch.compiler.config.cache_key_tag:
+        torch.compiler.config.cache_key_tag = ";".join(filter(None, [torch.compiler.config.cache_key_tag, tag]))
+
+
+_tag_compile_caches()
 
 
 def monarch_bmm(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
-    """Multiplies rows with a Monarch matrix: ``y_j = sum_k L[j, k] (R[j, k] x_k) + bias_j`` (DESIGN: grid form).
+    """Multiplies rows with a Monarch matrix: ``y_j = sum_k L[j, k]^T R[j, k] x_k + bias_j``.
+
+    The matrix is that of Dao et al. 2022, section 3.1, with free grid and rank, and with whole blocks between the products
+    where the paper interleaves single elements.
 
     Args:
         x: (*, in_features); with batched factors (B, tokens, in_features).
         R: (nblocks_in, nblocks_out, rank, p), or (B, nblocks_in, nblocks_out, rank, p).
         L: (nblocks_out, nblocks_in, rank, s), or with the same B in front.
-        bias: Added to the result: (out_features,), or anything that broadcasts to it.
+        bias: (out_features,), or anything that broadcasts to the result.
         out_features: Rows of the matrix where the grid pads it; default ``nblocks_out * s``.
 
     Returns:
         (*, out_features).
 
     Raises:
-        StructureError: The factors disagree, ``x`` doesn't fit them, or dtypes differ outside autocast.
+        StructureError: The shapes of the arguments disagree, or their dtypes do outside autocast.
     """
-    if not any(isinstance(t, fx.Proxy) for t in (x, R, L)):
-        _check(x, R, L)
+    if not isinstance(x, fx.Proxy) and not isinstance(R, fx.Proxy):
+        _check(x, R, L, bias, out_features)
+        if R.dim() == 5 and (x.dim() != 3 or x.shape[0] != R.shape[0]):
+            raise StructureError(
+                f"A batch of {R.shape[0]} matrices multiplies x of shape ({R.shape[0]}, tokens, in_features), "
+                f"got {tuple(x.shape)}."
+            )
     return torch.ops.monarch_fx.monarch_bmm(x, R, L, bias, out_features=out_features)
 
 
@@ -45,28 +68,51 @@ def monarch_grouped_mm(x: Tensor, R: Tensor, L: Tensor, offs: Tensor, *, out_fea
         x: (rows, in_features), sorted by expert.
         R: (E, nblocks_in, nblocks_out, rank, p).
         L: (E, nblocks_out, nblocks_in, rank, s).
-        offs: (E,) int32, where each expert's rows end, as in ``torch.nn.functional.grouped_mm``.
+        offs: (E,) int32, where each expert's rows end, as in ``torch.nn.functional.grouped_mm``. Rows past the last end
+            give zeros.
         out_features: As for ``monarch_bmm``.
 
     Returns:
-        (rows, out_features).
+        (rows, out_features) in the factors' dtype.
 
     Raises:
         StructureError: As ``monarch_bmm``.
     """
-    if not any(isinstance(t, fx.Proxy) for t in (x, R, L)):
-        _check(x, R, L)
+    if not isinstance(x, fx.Proxy) and not isinstance(R, fx.Proxy):
+        _check(x, R, L, None, out_features)
+        if x.dim() != 2 or R.dim() != 5 or tuple(offs.shape) != (R.shape[0],):
+            raise StructureError(
+                f"Grouped products take x (rows, in_features), factors (E, ...) and offs (E,), got {tuple(x.shape)}, "
+                f"{tuple(R.shape)} and {tuple(offs.shape)}."
+            )
     return torch.ops.monarch_fx.monarch_grouped_mm(x, R, L, offs, out_features=out_features)
 
 
-def _check(x: Any, R: Any, L: Any) -> None:
-    if R.dim() not in (4, 5) or L.dim() != R.dim():
+def _check(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: int | None) -> None:
+    if R.dim() not in (4, 5) or L.dim() != R.dim() or L.shape[:-4] != R.shape[:-4]:
         raise StructureError(
-            f"R must be (nblocks_in, nblocks_out, rank, p) and L (nblocks_out, nblocks_in, rank, s), both with or without "
-            f"a batch dimension; got {tuple(R.shape)} and {tuple(L.shape)}."
+            "R must be (nblocks_in, nblocks_out, rank, p) and L (nblocks_out, nblocks_in, rank, s), both or neither with "
+            f"a batch dimension in front; got {tuple(R.shape)} and {tuple(L.shape)}."
         )
-    if (R.shape[-4], R.shape[-3], R.shape[-2]) != (L.shape[-3], L.shape[-4], L.shape[-2]):
-        raise StructureError(f"R {tuple(R.shape)} and L {tuple(L.shape)} disagree in grid or rank.")
-    width = R.shape[-4] * R.shape[-1]
-    if x.dim() == 0 or x.shape[-1] > width or x.shape[-1] <= width - R.shape[-4]:
-        raise StructureError(f"x of shape {tuple(x.shape)} doesn't fit factors for {width} input features.")
+    n_in, n_out, rank, p = R.shape[-4:]
+    if tuple(L.shape[-4:-1]) != (n_out, n_in, rank):
+        raise StructureError(
+            f"R {tuple(R.shape)} has a grid of {n_out}x{n_in} blocks of rank {rank}: L must be ({n_out}, {n_in}, {rank}, s), "
+            f"got {tuple(L.shape)}."
+        )
+    if x.dim() == 0 or not n_in * (p - 1) < x.shape[-1] <= n_in * p:
+        raise StructureError(
+            f"R {tuple(R.shape)} takes {n_in * (p - 1) + 1} to {n_in * p} input features, got x of shape {tuple(x.shape)}."
+        )
+    s = L.shape[-1]
+    if out_features is not None and not n_out * (s - 1) < out_features <= n_out * s:
+        raise StructureError(
+            f"L {tuple(L.shape)} gives {n_out * (s - 1) + 1} to {n_out * s} output features, got out_features={out_features}."
+        )
+    rows = n_out * s if out_features is None else out_features
+    if bias is not None and bias.dim() > 0 and bias.shape[-1] not in (1, rows):
+        raise StructureError(f"The bias must end in {rows} output features, got shape {tuple(bias.shape)}.")
+    dtypes = {t.dtype for t in (x, R, L, bias) if t is not None}
+    if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
+        names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+        raise StructureError(f"x, R, L and bias must have one dtype outside autocast, got {names}: cast x or the factors.")

@@ -1,4 +1,7 @@
-"""What monarch_bmm means, as two batched products with a block transpose between; Inductor lowers it from here."""
+"""What monarch_bmm means: two batched products with a transpose of whole blocks between; Inductor lowers it from here.
+
+The first transpose is one copy; the second, back to (tokens, out_features), is pointwise: bias and activation fuse into it.
+"""
 
 from __future__ import annotations
 
@@ -7,44 +10,51 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def reference(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
+def monarch_bmm(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
     """See ``monarch_fx.kernels.op.monarch_bmm``."""
     if R.dim() == 5:
         return _batched(x, R, L, bias, out_features)
     n_in, n_out, rank, p = R.shape
     s = L.shape[-1]
     lead = x.shape[:-1]
-    x = _padded(x, n_in * p).reshape(-1, n_in, p)
-    t = torch.bmm(x.transpose(0, 1), R.flatten(1, 2).mT)  # (n_in, tokens, n_out * rank)
+    x = padded(x, n_in * p)
+    if n_in == n_out == 1:  # low rank
+        return _linear(F.linear(x, R[0, 0]), L[0, 0].mT, bias, out_features)
+    x = x.reshape(-1, n_in, p).transpose(0, 1)  # (n_in, tokens, p)
+    t = torch.bmm(x, R.flatten(1, 2).mT)  # (n_in, tokens, n_out * rank)
     t = t.unflatten(2, (n_out, rank)).permute(2, 1, 0, 3).flatten(2)  # (n_out, tokens, n_in * rank)
+    if n_out == 1:
+        y = _linear(t[0], L.flatten(0, 2).mT, bias, out_features)
+        return y.reshape(*lead, y.shape[-1])
     y = torch.bmm(t, L.flatten(1, 2))  # (n_out, tokens, s)
-    y = y.transpose(0, 1).reshape(*lead, n_out * s)
-    return _finished(y, bias, out_features)
+    return finished(y.transpose(0, 1).reshape(*lead, n_out * s), bias, out_features)
 
 
 def _batched(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: int | None) -> Tensor:
+    """x (B, tokens, in_features); the same two products, with B in front of every grid."""
     batch, n_in, n_out, rank, p = R.shape
     s = L.shape[-1]
     tokens = x.shape[1]
-    x = _padded(x, n_in * p).unflatten(2, (n_in, p)).transpose(1, 2).reshape(batch * n_in, tokens, p)
+    x = padded(x, n_in * p).unflatten(2, (n_in, p)).transpose(1, 2).reshape(batch * n_in, tokens, p)
     t = torch.bmm(x, R.reshape(batch * n_in, n_out * rank, p).mT)
     t = t.reshape(batch, n_in, tokens, n_out, rank).permute(0, 3, 2, 1, 4).reshape(batch * n_out, tokens, n_in * rank)
     y = torch.bmm(t, L.reshape(batch * n_out, n_in * rank, s))
-    y = y.reshape(batch, n_out, tokens, s).transpose(1, 2).reshape(batch, tokens, n_out * s)
-    return _finished(y, bias, out_features)
+    return finished(y.reshape(batch, n_out, tokens, s).transpose(1, 2).flatten(2), bias, out_features)
 
 
-def grouped_reference(x: Tensor, R: Tensor, L: Tensor, offs: Tensor, *, out_features: int | None = None) -> Tensor:
-    """See ``monarch_fx.kernels.op.monarch_grouped_mm``."""
-    rows = torch.arange(x.shape[0], device=x.device, dtype=offs.dtype)
-    expert = torch.searchsorted(offs, rows, right=True).clamp_max(R.shape[0] - 1)
-    return _batched(x.unsqueeze(1), R[expert], L[expert], None, out_features).squeeze(1)
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
+def padded(x: Tensor, width: int) -> Tensor:
     return x if x.shape[-1] == width else F.pad(x, (0, width - x.shape[-1]))
 
 
-def _finished(y: Tensor, bias: Tensor | None, out_features: int | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int | None) -> Tensor:
+    """A last stage that is one plain product takes the bias into it."""
+    if bias is None or bias.dim() != 1:
+        return finished(F.linear(x, weight), bias, out_features)
+    return F.linear(x, weight[:out_features], bias)
+
+
+def finished(y: Tensor, bias: Tensor | None, out_features: int | None) -> Tensor:
     y = y if out_features is None else y[..., :out_features]
-    return y if bias is None else y + bias
+    if bias is None:
+        return y.contiguous()  # as linear's result: callers take views of it
+    return y + bias.to(y.dtype)  # autocast: a float32 bias must not widen the result
