@@ -22,11 +22,10 @@ def monarch_bmm(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, 
         return _linear(F.linear(x, R[0, 0]), L[0, 0].mT, bias, out_features)
     x = x.reshape(-1, n_in, p).transpose(0, 1)  # (n_in, tokens, p)
     t = torch.bmm(x, R.flatten(1, 2).mT)  # (n_in, tokens, n_out * rank)
-    t = t.unflatten(2, (n_out, rank)).permute(2, 1, 0, 3).flatten(2)  # (n_out, tokens, n_in * rank)
+    t = t.unflatten(2, (n_out, rank)).permute(1, 2, 0, 3).flatten(2)  # (tokens, n_out, n_in * rank)
     if n_out == 1:
-        y = _linear(t[0], L.flatten(0, 2).mT, bias, out_features)
-        return y.reshape(*lead, y.shape[-1])
-    y = torch.bmm(t, L.flatten(1, 2))  # (n_out, tokens, s)
+        return _linear(t.reshape(*lead, n_in * rank), L.flatten(0, 2).mT, bias, out_features)
+    y = torch.bmm(t.transpose(0, 1), L.flatten(1, 2))  # (n_out, tokens, s)
     return finished(y.transpose(0, 1).reshape(*lead, n_out * s), bias, out_features)
 
 
