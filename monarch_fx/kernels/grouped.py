@@ -1,8 +1,8 @@
-"""What monarch_grouped_mm means: two products whose rows are sorted by expert, with a transpose of whole blocks between.
+"""What monarch_grouped_mm means: two products whose rows are sorted by expert, with a block transpose between.
 
-How many rows an expert gets is known only in the data, so that the loop over experts stands in an opaque op; it and the op of
-its weight gradient are each other's derivatives, to any order. ``torch.nn.functional.grouped_mm`` doesn't serve: it refuses
-float64, rows that are not aligned to 16 bytes and, under fake tensors, all but bfloat16.
+How many rows an expert gets is known only in the data: the loop over experts stands in an opaque op, which has its own
+weight gradient for a partner; they are each other's derivatives, to any order. ``torch.nn.functional.grouped_mm``
+doesn't serve: it refuses float64, rows not aligned to 16 bytes and, under fake tensors, all dtypes but bfloat16.
 """
 
 from __future__ import annotations

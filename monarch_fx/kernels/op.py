@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from monarch_fx.errors import StructureError
 from monarch_fx.kernels import grouped, reference
 
-# Composite: one node in every trace and export, while autograd, functorch, autocast and Inductor see the ATen ops inside.
+# Composite: one node in traces and exports, while autograd, functorch, autocast and Inductor see the ATen ops inside.
 _LIBRARY = torch.library.Library("monarch_fx", "FRAGMENT")
 _LIBRARY.define("monarch_bmm(Tensor x, Tensor R, Tensor L, Tensor? bias=None, *, SymInt? out_features=None) -> Tensor")
 _LIBRARY.define("monarch_grouped_mm(Tensor x, Tensor R, Tensor L, Tensor offs, *, SymInt? out_features=None) -> Tensor")
@@ -32,11 +32,13 @@ def _tag_compile_caches() -> None:
 _tag_compile_caches()
 
 
-def monarch_bmm(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
+def monarch_bmm(
+    x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None
+) -> Tensor:
     """Multiplies rows with a Monarch matrix: ``y_j = sum_k L[j, k]^T R[j, k] x_k + bias_j``.
 
-    The matrix is that of Dao et al. 2022, section 3.1, with free grid and rank, and with whole blocks between the products
-    where the paper interleaves single elements.
+    The matrix is that of Dao et al. 2022, section 3.1, with free grid and rank; whole blocks are transposed between
+    the products, where the paper interleaves single elements.
 
     Args:
         x: (*, in_features); with batched factors (B, tokens, in_features).
@@ -51,7 +53,7 @@ def monarch_bmm(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, 
     Raises:
         StructureError: The shapes of the arguments disagree, or their dtypes do outside autocast.
     """
-    if not isinstance(x, fx.Proxy) and not isinstance(R, fx.Proxy):
+    if not _symbolic(x, R):
         _check(x, R, L, bias, out_features)
         if R.dim() == 5 and (x.dim() != 3 or x.shape[0] != R.shape[0]):
             raise StructureError(
@@ -78,7 +80,7 @@ def monarch_grouped_mm(x: Tensor, R: Tensor, L: Tensor, offs: Tensor, *, out_fea
     Raises:
         StructureError: As ``monarch_bmm``.
     """
-    if not isinstance(x, fx.Proxy) and not isinstance(R, fx.Proxy):
+    if not _symbolic(x, R):
         _check(x, R, L, None, out_features)
         if x.dim() != 2 or R.dim() != 5 or tuple(offs.shape) != (R.shape[0],):
             raise StructureError(
@@ -88,26 +90,33 @@ def monarch_grouped_mm(x: Tensor, R: Tensor, L: Tensor, offs: Tensor, *, out_fea
     return torch.ops.monarch_fx.monarch_grouped_mm(x, R, L, offs, out_features=out_features)
 
 
+def _symbolic(*values: object) -> bool:
+    """A symbolic trace has proxies where tensors will be: nothing to check yet."""
+    return any(isinstance(value, fx.Proxy) for value in values)
+
+
 def _check(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: int | None) -> None:
     if R.dim() not in (4, 5) or L.dim() != R.dim() or L.shape[:-4] != R.shape[:-4]:
         raise StructureError(
-            "R must be (nblocks_in, nblocks_out, rank, p) and L (nblocks_out, nblocks_in, rank, s), both or neither with "
-            f"a batch dimension in front; got {tuple(R.shape)} and {tuple(L.shape)}."
+            "R must be (nblocks_in, nblocks_out, rank, p) and L (nblocks_out, nblocks_in, rank, s), both or neither "
+            f"with a batch dimension in front; got {tuple(R.shape)} and {tuple(L.shape)}."
         )
     n_in, n_out, rank, p = R.shape[-4:]
     if tuple(L.shape[-4:-1]) != (n_out, n_in, rank):
         raise StructureError(
-            f"R {tuple(R.shape)} has a grid of {n_out}x{n_in} blocks of rank {rank}: L must be ({n_out}, {n_in}, {rank}, s), "
-            f"got {tuple(L.shape)}."
+            f"R {tuple(R.shape)} has a grid of {n_out}x{n_in} blocks of rank {rank}: "
+            f"L must be ({n_out}, {n_in}, {rank}, s), got {tuple(L.shape)}."
         )
     if x.dim() == 0 or not n_in * (p - 1) < x.shape[-1] <= n_in * p:
         raise StructureError(
-            f"R {tuple(R.shape)} takes {n_in * (p - 1) + 1} to {n_in * p} input features, got x of shape {tuple(x.shape)}."
+            f"R {tuple(R.shape)} takes {n_in * (p - 1) + 1} to {n_in * p} input features, "
+            f"got x of shape {tuple(x.shape)}."
         )
     s = L.shape[-1]
     if out_features is not None and not n_out * (s - 1) < out_features <= n_out * s:
         raise StructureError(
-            f"L {tuple(L.shape)} gives {n_out * (s - 1) + 1} to {n_out * s} output features, got out_features={out_features}."
+            f"L {tuple(L.shape)} gives {n_out * (s - 1) + 1} to {n_out * s} output features, "
+            f"got out_features={out_features}."
         )
     rows = n_out * s if out_features is None else out_features
     if bias is not None and bias.dim() > 0 and bias.shape[-1] not in (1, rows):
@@ -115,4 +124,6 @@ def _check(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: i
     dtypes = {t.dtype for t in (x, R, L, bias) if t is not None}
     if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise StructureError(f"x, R, L and bias must have one dtype outside autocast, got {names}: cast x or the factors.")
+        raise StructureError(
+            f"x, R, L and bias must have one dtype outside autocast, got {names}: cast x or the factors."
+        )

@@ -1,6 +1,6 @@
 """What monarch_bmm means: two batched products with a transpose of whole blocks between; Inductor lowers it from here.
 
-The first transpose is one copy; the second, back to (tokens, out_features), is pointwise: bias and activation fuse into it.
+That transpose is the only copy of its own: bias and activation fuse into the one back to (tokens, out_features).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def monarch_bmm(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
+def monarch_bmm(
+    x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None
+) -> Tensor:
     """See ``monarch_fx.kernels.op.monarch_bmm``."""
     if R.dim() == 5:
         return _batched(x, R, L, bias, out_features)
