@@ -285,8 +285,8 @@ def test_grouped_opcheck() -> None:
     torch.library.opcheck(torch.ops.monarch_fx.monarch_grouped_mm.default, (*arguments, offs))
     weight = torch.randn(4, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(3, 10, 4, dtype=torch.float64, requires_grad=True)
-    torch.library.opcheck(torch.ops.monarch_fx.grouped_bmm.default, (rows, weight, offs))
-    torch.library.opcheck(torch.ops.monarch_fx.grouped_outer.default, (rows, rows.detach(), offs))
+    torch.library.opcheck(torch.ops.monarch_fx_kernels.grouped_bmm.default, (rows, weight, offs))
+    torch.library.opcheck(torch.ops.monarch_fx_kernels.grouped_outer.default, (rows, rows.detach(), offs))
 
 
 def test_grouped_transforms() -> None:

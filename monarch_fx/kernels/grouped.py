@@ -39,7 +39,8 @@ def _masked(x: Tensor, R: Tensor, L: Tensor, offs: Tensor, out_features: int | N
     return sum((torch.where(expert == e, y, 0) for e, y in enumerate(products)), start=x.new_zeros(()))
 
 
-@torch.library.custom_op("monarch_fx::grouped_bmm", mutates_args=())
+# A namespace of their own: under monarch_fx stands one op a product, in graphs and in profiles.
+@torch.library.custom_op("monarch_fx_kernels::grouped_bmm", mutates_args=())
 def grouped_bmm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     """x (groups, rows, k) times weight (E, groups, k, n) of each row's expert -> (groups, rows, n); 0 past the last."""
     y = x.new_zeros(*x.shape[:2], weight.shape[3])
@@ -48,7 +49,7 @@ def grouped_bmm(x: Tensor, weight: Tensor, offs: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("monarch_fx::grouped_outer", mutates_args=())
+@torch.library.custom_op("monarch_fx_kernels::grouped_outer", mutates_args=())
 def grouped_outer(x: Tensor, y: Tensor, offs: Tensor) -> Tensor:
     """Sums of outer products of rows of x (groups, rows, k) and y (groups, rows, n) -> (E, groups, k, n)."""
     outer = x.new_zeros(offs.shape[0], x.shape[0], x.shape[2], y.shape[2])
