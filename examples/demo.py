@@ -103,7 +103,7 @@ def load_minilm() -> tuple[nn.Module, Tokenizer]:
 def lee_documents() -> tuple[list[str], np.ndarray]:
     """The 50 texts, and how similar people find each pair of them, in the upper triangle of (50, 50)."""
     folder = package_folder("gensim") / "test" / "test_data"
-    return (folder / "lee.cor").read_text().splitlines(), np.loadtxt(folder / "similarities0-1.txt")
+    return (folder / "lee.cor").read_text("latin-1").splitlines(), np.loadtxt(folder / "similarities0-1.txt")
 
 
 def package_folder(name: str) -> Path:

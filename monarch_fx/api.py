@@ -19,6 +19,7 @@ from monarch_fx.passes import checks, graph, rewrite
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import own_inputs, user_inputs
+from monarch_fx.passes.listing import listing
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import decide, grids
 from monarch_fx.projection import expected_seconds, prior_tail, project, tail_errors
@@ -227,7 +228,7 @@ def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
     model = checks.check_model(model)
     inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
     captured = graph.captured_module(model) or capture(model, inputs)
-    print("\n".join(graph.listing(captured)))
+    print("\n".join(listing(captured)))
 
 
 def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool) -> nn.Module:
@@ -338,5 +339,3 @@ def _errors(
     for c in tqdm(candidates, desc="spectra", unit="weight", leave=False, disable=len(candidates) < 2):
         tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name])
     return tails, "block spectra of the weights"
-
-

@@ -178,9 +178,7 @@ class Plan:
         known = ", ".join(d.candidate.name for d in self.decisions[:5])
         raise KeyError(f"The plan has no product {name!r}. Its products: {known}, ...")
 
-    def with_shape(
-        self, name: str, *, nblocks_out: int = 1, nblocks_in: int = 1, rank: int | None = None
-    ) -> Plan:
+    def with_shape(self, name: str, *, nblocks_out: int = 1, nblocks_in: int = 1, rank: int | None = None) -> Plan:
         """A copy in which product ``name`` has another structure, or stays dense where ``rank`` is None.
 
         The error and the times of an edited product are not predicted again: they are NaN.
@@ -236,12 +234,13 @@ def _plan(data: dict[str, Any]) -> Plan:
     decisions = []
     for item in data.pop("decisions"):
         candidate = item.pop("candidate")
-        view = {k: v if k == "offset" else tuple(map(tuple, v)) for k, v in candidate.pop("view").items()}
+        view = candidate.pop("view")
+        batch, out, inp = (tuple(map(tuple, view[name])) for name in ("batch", "out", "inp"))
         calls = tuple(Call(**call) for call in candidate.pop("calls"))
         shape = item.pop("shape")
         made = Candidate(
             **{**candidate, "parameter_shape": tuple(candidate["parameter_shape"])},
-            view=MatrixView(**view),
+            view=MatrixView(batch, out, inp, view["offset"]),
             calls=calls,
         )
         decisions.append(Decision(candidate=made, shape=None if shape is None else MonarchShape(**shape), **item))
@@ -257,7 +256,7 @@ class Report:
 
     Attributes:
         plan: The plan that was carried out.
-        errors: ``||W - M||_F / ||W||_F`` of every rewritten product, measured on its factors; NaN for ``init="random"``.
+        errors: ``||W - M||_F / ||W||_F`` of every rewritten product, from its factors; NaN for ``init="random"``.
         init: ``"project"`` or ``"random"``.
         params_before: Parameters of the whole model, tied ones counted once.
         params_after: The same after rewriting.

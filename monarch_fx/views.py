@@ -152,7 +152,9 @@ def _select(v: StridedView, dim: int, index: int) -> StridedView:
     return StridedView(kept.sizes, kept.strides, v.offset + index * v.strides[dim])
 
 
-def _slice(v: StridedView, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> StridedView:
+def _slice(
+    v: StridedView, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> StridedView:
     dim %= v.ndim
     first, stop, stride = slice(start, end, step).indices(v.sizes[dim])
     sizes, strides = list(v.sizes), list(v.strides)

@@ -33,7 +33,7 @@ def gpt2() -> tuple[nn.Module, nn.Module, Tensor]:
     return model, mfx.monarchify(model, config=HALF_GRID), inputs["input_ids"]
 
 
-# --- the result is the model that it was ------------------------------------------------------------------------------
+# --- the result is the model that it was
 
 
 def test_generates_with_a_cache(gpt2: tuple) -> None:
@@ -44,9 +44,7 @@ def test_generates_with_a_cache(gpt2: tuple) -> None:
     assert torch.equal(tokens, mfx.to_dense(rewritten).generate(ids, **settings))
 
 
-@pytest.mark.parametrize(
-    "clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
 def test_copies_and_pickles(gpt2: tuple, clone) -> None:
     _, rewritten, ids = gpt2
     assert torch.equal(clone(rewritten)(ids).logits, rewritten(ids).logits)
@@ -62,7 +60,7 @@ def test_state_dict_round_trip(gpt2: tuple) -> None:
 
 
 def test_replay_gives_equal_bits_on_another_copy(gpt2: tuple) -> None:
-    model, rewritten, ids = gpt2
+    model, rewritten, _ids = gpt2
     plan = mfx.Plan.from_json(mfx.report(rewritten).plan.to_json())
     assert plan == mfx.report(rewritten).plan
     again = mfx.monarchify(copy.deepcopy(model), plan=plan)
@@ -105,7 +103,8 @@ def test_a_rewritten_layer_is_the_layer_it_was() -> None:
     assert type(layer) is nn.Linear
     assert (layer.in_features, layer.out_features) == (64, 256)
     assert torch.equal(layer.bias, model[0].bias)
-    assert layer.weight.shape == (256, 64) and layer.weight.dtype == torch.float32
+    assert layer.weight.shape == (256, 64)
+    assert layer.weight.dtype == torch.float32
     assert "grid 2x2" in repr(layer)
 
 
@@ -113,8 +112,10 @@ def test_modes_survive() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.Dropout(0.5), nn.Linear(32, 32))
     model[1].eval()
     rewritten = mfx.monarchify(model, config=HALF_GRID, example_inputs=torch.randn(4, 32))
-    assert model[0].training and not model[1].training
-    assert rewritten[0].training and not rewritten[1].training
+    assert model[0].training
+    assert not model[1].training
+    assert rewritten[0].training
+    assert not rewritten[1].training
 
 
 def test_inplace_is_the_argument_itself() -> None:
@@ -182,7 +183,7 @@ def test_multihead_attention(batch_first: bool, settings: dict, need_weights: bo
         torch.testing.assert_close(weights, expected_weights, rtol=1e-10, atol=1e-12)
 
 
-# --- torch's own tools --------------------------------------------------------------------------------------------------
+# --- torch's own tools
 
 
 def compiled_once(model: nn.Module, *sizes: int) -> None:
@@ -251,7 +252,7 @@ def test_symbolic_trace_of_a_rewritten_model() -> None:
     assert torch.equal(torch.fx.symbolic_trace(rewritten)(x), rewritten(x))
 
 
-# --- the plain pass -------------------------------------------------------------------------------------------------------
+# --- the plain pass
 
 
 def exported_raw() -> tuple[torch.export.ExportedProgram, Tensor]:
@@ -261,7 +262,7 @@ def exported_raw() -> tuple[torch.export.ExportedProgram, Tensor]:
 
 
 def test_graph_module_in_graph_module_out() -> None:
-    program, x = exported_raw()
+    program, _x = exported_raw()
     module = program.module()
     before = str(module.graph)
     rewritten = mfx.monarchify(module, config=HALF_GRID)
@@ -282,7 +283,7 @@ def rewritten_eager(program: torch.export.ExportedProgram) -> nn.Module:
 
 
 def test_exported_program_in_exported_program_out() -> None:
-    program, x = exported_raw()
+    program, _x = exported_raw()
     rewritten = mfx.monarchify(program, config=HALF_GRID)
     assert isinstance(rewritten, torch.export.ExportedProgram)
     assert sum("monarch_bmm" in str(n.target) for n in rewritten.graph.nodes) == 14
@@ -297,7 +298,7 @@ def test_symbolically_traced_module() -> None:
     assert mfx.report(rewritten).plan.monarch_calls == 2
 
 
-# --- planning and selection ------------------------------------------------------------------------------------------------
+# --- planning and selection
 
 
 def test_plan_changes_nothing_and_is_replayed() -> None:
@@ -345,7 +346,7 @@ def test_include_and_exclude(gpt2: tuple) -> None:
 
 def test_heads_stay_dense_by_default_and_say_so() -> None:
     pytest.importorskip("transformers")
-    model, inputs = zoo.llama()
+    model, _inputs = zoo.llama()
     plan = mfx.plan(model, config=HALF_GRID)
     reasons = {d.name: d.reason for d in plan.declined}
     assert "output head" in reasons["lm_head.weight"]
@@ -356,7 +357,8 @@ def test_tokens_are_scaled_from_the_inputs() -> None:
     pytest.importorskip("transformers")
     model, _ = zoo.t5()
     plan = mfx.plan(model, config=HALF_GRID)
-    assert plan.tokens == ((4096, 1.0),) and "default" in plan.tokens_source
+    assert plan.tokens == ((4096, 1.0),)
+    assert "default" in plan.tokens_source
     inputs = {"input_ids": torch.ones(2, 16, dtype=torch.long), "decoder_input_ids": torch.ones(2, 8, dtype=torch.long)}
     plan = mfx.plan(model, config=HALF_GRID, example_inputs=inputs)
     counts = {d.candidate.name: d.candidate.calls[0].count for d in plan.decisions}
@@ -373,11 +375,11 @@ def test_computed_weights_are_declined() -> None:
 
 
 def test_meta_model_is_planned_only() -> None:
-    pytest.importorskip("transformers")
     with torch.device("meta"):
-        model, _ = zoo.gpt2()
-    plan = mfx.plan(model, budget=0.5, tokens=8192, device="h100")
-    assert len(plan.decisions) == 8 and "prior" in plan.error_source
+        model = mlp(1024)
+    plan = mfx.plan(model, budget=0.5, tokens=8192, device="cpu")
+    assert len(plan.rewritten) == 2
+    assert "prior" in plan.error_source
     with pytest.raises(errors.MetaDeviceError, match="meta device"):
         mfx.monarchify(model, budget=0.5)
 
@@ -399,7 +401,7 @@ def test_random_factors_keep_the_scale() -> None:
     assert float(dense.std() / model[0].weight.detach().std()) == pytest.approx(1.0, rel=0.03)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------------
+# --- what is refused
 
 
 @pytest.mark.parametrize("budget", [0, -0.5, 1.5, "half", True])
@@ -447,7 +449,8 @@ def test_weights_that_are_no_numbers(value: float) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(errors.WeightError, match=r"2\.weight.* 1 NaN or infinite"):
         mfx.monarchify(model, config=HALF_GRID, inplace=True)
-    assert all(torch.equal(a, b) or k == "2.weight" for (k, a), b in zip(model.state_dict().items(), before.values()))
+    after = model.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before if name != "2.weight")
 
 
 def test_weights_of_unsupported_kinds() -> None:
@@ -528,7 +531,7 @@ def test_report_of_a_model_that_has_none() -> None:
         mfx.report(mlp())
 
 
-# --- the weight that stands for a parameter ----------------------------------------------------------------------------------
+# --- the weight that stands for a parameter
 
 
 def test_other_operations_get_the_dense_values_with_a_warning() -> None:

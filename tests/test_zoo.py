@@ -28,7 +28,7 @@ REDUCED = mfx.MonarchConfig(nblocks=2)
 
 
 class CountStaticProducts(TorchDispatchMode):
-    """Counts products below every composite op, where one operand shares the storage of a parameter of 2 or more dims."""
+    """Counts products below every composite op, where one operand shares the storage of a parameter matrix."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

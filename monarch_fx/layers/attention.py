@@ -47,9 +47,9 @@ def multi_head_attention(
         query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     if use_separate_proj_weight:
-        weights = (q_proj_weight, k_proj_weight, v_proj_weight)
+        projections = (q_proj_weight, k_proj_weight, v_proj_weight)
         biases = (None, None, None) if in_proj_bias is None else in_proj_bias.chunk(3)
-        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases, strict=True))
+        q, k, v = (F.linear(x, w, b) for x, w, b in zip((query, key, value), projections, biases, strict=True))
     else:
         q, k, v = _packed_projection(query, key, value, in_proj_weight, in_proj_bias)
 
@@ -98,7 +98,7 @@ def _packed_projection(query: Tensor, key: Tensor, value: Tensor, weight: Any, b
 
 
 def _heads(x: Tensor, given: Tensor | None, batch: int, num_heads: int, head_dim: int) -> Tensor:
-    """(tokens, batch, embed_dim), or the caller's own (batch * heads, tokens, head_dim), as (batch, heads, tokens, ...)."""
+    """(tokens, batch, embed_dim), or the caller's (batch * heads, tokens, head_dim), as (batch, heads, tokens, -1)."""
     if given is not None:
         return given.reshape(batch, num_heads, -1, head_dim)
     return x.reshape(-1, batch, num_heads, head_dim).permute(1, 2, 0, 3)
@@ -110,8 +110,8 @@ def _mask(
     """Both masks as one float mask (batch or 1, heads or 1, tokens or 1, keys), open for the ``added`` keys."""
     masks = []
     if attn_mask is not None:
-        attn_mask = attn_mask.reshape(batch, heads, *attn_mask.shape[1:]) if attn_mask.dim() == 3 else attn_mask[None, None]
-        masks.append(attn_mask)
+        per_head = attn_mask.dim() == 3
+        masks.append(attn_mask.unflatten(0, (batch, heads)) if per_head else attn_mask[None, None])
     if key_padding_mask is not None:
         masks.append(key_padding_mask[:, None, None, :])
     total: Tensor | None = None

@@ -8,18 +8,16 @@ It is registered in its owner under the parameter's own name. ``F.linear(x, self
 from __future__ import annotations
 
 import operator
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch._dynamo.variables import builtin as _dynamo_builtins
 
-from monarch_fx.errors import DenseFallbackWarning, StructureError
-from monarch_fx.kernels.op import monarch_bmm, monarch_grouped_mm
+from monarch_fx.errors import StructureError
 from monarch_fx.layers.attention import multi_head_attention
+from monarch_fx.layers.multiply import multiplier, warn_dense
 from monarch_fx.rules import RULES, Product, Static, op_name
 from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView
@@ -134,10 +132,10 @@ class DenseLike:
         return self.shape[0]
 
     def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)  # type: ignore[call-overload]
+        return torch.matmul(self, other)  # type: ignore[arg-type]
 
     def __rmatmul__(self, other: Any) -> Any:
-        return torch.matmul(other, self)
+        return torch.matmul(other, self)  # type: ignore[arg-type]
 
     def to_dense(self) -> torch.Tensor:
         """The dense tensor that this stands for, differentiable in the factors."""
@@ -171,7 +169,7 @@ class WeightView(DenseLike):
         return _tensor_attribute(self, name)
 
 
-class MonarchWeight(DenseLike, nn.Module):
+class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's type(), not the module's
     """A parameter whose matrices are Monarch matrices.
 
     Args:
@@ -225,8 +223,8 @@ class MonarchWeight(DenseLike, nn.Module):
         shape, suffix = self.shapes[piece], self.suffix(piece)
         if shape is None:
             return None
-        size = {"in_features": shape.in_features, "out_features": shape.out_features}
-        return Monarch(getattr(self, f"R{suffix}"), getattr(self, f"L{suffix}"), **size)
+        R, L = getattr(self, f"R{suffix}"), getattr(self, f"L{suffix}")
+        return Monarch(R, L, in_features=shape.in_features, out_features=shape.out_features)
 
     def to_dense_root(self) -> torch.Tensor:
         """The whole parameter, dense, differentiable in the factors."""
@@ -324,7 +322,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         answer = rule(*[_static(a) for a in args], **{key: _static(a) for key, a in kwargs.items()})
         if isinstance(answer, Product):
             operand = next(a for a in _flat([*args, *kwargs.values()]) if isinstance(a, DenseLike))
-            return answer.rewrite(_multiplier(operand, answer.matrix))
+            return answer.rewrite(multiplier(operand, answer.matrix))
     _forbid_writing(name)
     plain = [_dense(a, name) for a in args]
     return func(*plain, **{key: _dense(a, name) for key, a in kwargs.items()})
@@ -358,129 +356,9 @@ def densify(operand: DenseLike, name: str) -> torch.Tensor:
     return operand.to_dense()
 
 
-def warn_dense(operand: DenseLike, name: str) -> None:
-    """Says aloud that the factors are multiplied out, since it costs what they save."""
-    if not torch.compiler.is_compiling():
-        warnings.warn(
-            f"A Monarch weight of shape {tuple(operand.shape)} is multiplied out, because {name!r} reads it. The result "
-            "is right, but not fast: exclude this weight from monarchify, or call its layer instead.",
-            DenseFallbackWarning,
-            stacklevel=4,
-        )
-
-
 def _forbid_writing(name: str) -> None:
     if name == "data" or (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "set_data"):
         raise StructureError(
             f"{name!r} would write into a Monarch weight as if it were dense, and the values would be lost: write to "
             "its factors R and L, or call monarch_fx.to_dense(model) first."
         )
-
-
-@dataclass(frozen=True)
-class _Match:
-    """Where a product's matrix lies in a weight: piece, orientation, element of its batch, slice of its rows."""
-
-    piece: int
-    flipped: bool = False
-    element: int | None = None
-    rows: slice | None = None
-
-
-def _multiplier(operand: DenseLike, matrix: MatrixView) -> Any:
-    """The product with the piece of the weight that ``matrix`` names; with the dense values where none fits."""
-    root, index, cast = operand.root, operand.index, operand.cast
-    match = _find_piece(root, matrix)
-    if match is None:
-        if index is not None:
-            raise StructureError("A view of a Monarch weight that the plan doesn't know is indexed at run time.")
-        warn_dense(operand, "a product with an unplanned view")
-        dense = root.to_dense_root().reshape(-1).as_strided(*_strided_matrix(matrix))
-        shape = (matrix.out_features, matrix.in_features)
-        dense = dense.reshape((matrix.batch_size, *shape) if matrix.batch else shape)
-        return lambda x, bias=None, *, offs=None: _dense_product(x, _chosen(dense, None, cast), bias, offs)
-    suffix, shape = root.suffix(match.piece), root.shapes[match.piece]
-    picks = match.element if match.element is not None else index
-
-    def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
-        if match.rows is not None:
-            y = product(x)[..., match.rows]
-            return y if bias is None else y + bias
-        return product(x, bias, offs)
-
-    def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
-        if shape is None:
-            dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
-            return _dense_product(_widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
-        R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
-        L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
-        if match.flipped:  # the transposed matrix has the same factors, in the other order
-            R, L = L, R
-        out = (shape.in_features if match.flipped else shape.out_features) if shape.padded else None
-        x = _widened(x, R)
-        if offs is not None:
-            return monarch_grouped_mm(x, R, L, offs, out_features=out)
-        return monarch_bmm(x, R, L, bias, out_features=out)
-
-    return multiply
-
-
-def _find_piece(root: MonarchWeight, matrix: MatrixView) -> _Match | None:
-    for i, view in enumerate(root.views):
-        if matrix == view:
-            return _Match(i)
-        if matrix == view.transposed:
-            return _Match(i, flipped=True)
-    for i, view in enumerate(root.views):
-        match = None if matrix.batch else (_element(i, matrix, view) or _rows(i, matrix, view))
-        if match is not None:
-            return match
-    return None
-
-
-def _element(piece: int, matrix: MatrixView, view: MatrixView) -> _Match | None:
-    """One matrix of a batch: an expert that the model's own code picks."""
-    if len(view.batch) != 1:
-        return None
-    size, stride = view.batch[0]
-    element, remainder = divmod(matrix.offset - view.offset, stride)
-    if remainder or not 0 <= element < size:
-        return None
-    if matrix.out == view.out and matrix.inp == view.inp:
-        return _Match(piece, element=element)
-    return _Match(piece, flipped=True, element=element) if matrix.transposed.out == view.out and matrix.transposed.inp == view.inp else None
-
-
-def _rows(piece: int, matrix: MatrixView, view: MatrixView) -> _Match | None:
-    """Some rows of a piece: packed attention weights, planned as one product, that a call splits."""
-    if view.batch or len(view.out) != 1 or len(matrix.out) != 1 or matrix.inp != view.inp:
-        return None
-    (size, stride), (all_rows, all_stride) = matrix.out[0], view.out[0]
-    start, remainder = divmod(matrix.offset - view.offset, stride)
-    if remainder or stride != all_stride or start < 0 or start + size > all_rows:
-        return None
-    return _Match(piece, rows=slice(start, start + size))
-
-
-def _strided_matrix(matrix: MatrixView) -> tuple[list[int], list[int], int]:
-    dims = [*matrix.batch, *matrix.out, *matrix.inp]
-    return [n for n, _ in dims], [stride for _, stride in dims], matrix.offset
-
-
-def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:
-    factor = factor if picks is None else factor[picks]
-    return factor if cast is None else factor.to(cast)
-
-
-def _widened(x: Any, factor: Any) -> Any:
-    """A half-precision activation that meets float32 factors is widened (T5 keeps ``wo`` in float32)."""
-    if isinstance(x, fx.Proxy) or x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
-        return x
-    return x.to(factor.dtype) if torch.promote_types(x.dtype, factor.dtype) == factor.dtype else x
-
-
-def _dense_product(x: Any, dense: Any, bias: Any, offs: Any) -> Any:
-    if offs is not None:
-        return torch.nn.functional.grouped_mm(x, dense.mT, offs=offs)
-    y = torch.matmul(x, dense.mT)
-    return y if bias is None else y + bias

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections import Counter
@@ -13,7 +14,7 @@ import sympy
 import torch
 from torch import fx, nn
 
-from monarch_fx.passes.capture import Captured
+from monarch_fx.passes.capture import Captured, value_of
 from monarch_fx.records import Call, Candidate, Declined
 from monarch_fx.rules import RULES, Product, Refusal, Static, op_name
 from monarch_fx.views import VIEW_OPERATIONS, MatrixView, StridedView
@@ -105,8 +106,6 @@ def find_candidates(captured: Captured, model: nn.Module) -> tuple[list[Candidat
             reason = f"tied to {ties[name]}"
         elif found.other_readers.get(name):
             reason = f"also read by {', '.join(sorted(found.other_readers[name]))}, which needs the dense values"
-        elif not isinstance(parameter, nn.Parameter):
-            reason = "computed at run time"
         elif _overlap([matrix for matrix, _ in groups]):
             reason = "read through overlapping views"
         for matrix, group in groups:
@@ -161,9 +160,10 @@ def _follow(node: fx.Node, captured: Captured, found: Found) -> None:
     if not statics and not computed:
         return
     if node.target is operator.getitem or name == "getitem":
-        value = found.values.get(node.args[0])
-        if isinstance(value, tuple):
-            found.values[node] = value[node.args[1]]
+        packed, index = node.args[0], node.args[1]
+        values = found.values.get(packed) if isinstance(packed, fx.Node) else None
+        if isinstance(values, tuple) and isinstance(index, int):
+            found.values[node] = values[index]
             return
     if statics and (value := _as_view(node, name, found)) is not None:
         found.values[node] = value
@@ -182,7 +182,11 @@ def _follow(node: fx.Node, captured: Captured, found: Found) -> None:
             _decline(node, name, answer, statics, computed, found)
     if len(statics) + len(computed) == len(node.all_input_nodes):
         sources = [_source(found.values[a]) for a in [*statics, *computed]]
-        from_parameter = any(isinstance(found.values[a], StaticValue) or found.values[a].parameter for a in [*statics, *computed] if not isinstance(found.values[a], tuple))
+        from_parameter = any(
+            isinstance(found.values[a], StaticValue) or found.values[a].parameter
+            for a in [*statics, *computed]
+            if not isinstance(found.values[a], tuple)
+        )
         found.values[node] = ComputedValue(sources[0], from_parameter)
     if name not in _READS_NOTHING:
         for a in statics:
@@ -193,8 +197,11 @@ def _follow(node: fx.Node, captured: Captured, found: Found) -> None:
 
 def _is_weight(value: Any, product: Product) -> bool:
     """Whether this static operand is the product's matrix (a bias that is a parameter is static too)."""
-    return isinstance(value, StaticValue) and value.static.ndim > 1 and product.matrix.numel <= math.prod(
-        [*value.static.view.sizes, *([value.static.picked[0]] if value.static.picked else [])]
+    return (
+        isinstance(value, StaticValue)
+        and value.static.ndim > 1
+        and product.matrix.numel
+        <= math.prod([*value.static.view.sizes, *([value.static.picked[0]] if value.static.picked else [])])
     )
 
 
@@ -205,11 +212,11 @@ def _source(value: Any) -> str:
 
 def _as_view(node: fx.Node, name: str, found: Found) -> Any:
     """The node's value where it is a view of its first argument; None where it is not."""
-    base = found.values.get(node.args[0]) if node.args else None
+    base = found.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     if not isinstance(base, StaticValue):
         return None
     if name in _CASTS:
-        value = node.meta.get("val", node.meta.get("example_value"))
+        value = value_of(node)
         return base if value is None or value.dtype.is_floating_point else None
     if name in ("index", "getitem"):
         gathered = _gathered(node, base, found)
@@ -236,7 +243,7 @@ def _gathered(node: fx.Node, base: StaticValue, found: Found) -> StaticValue | N
     view = base.static.view
     if not isinstance(index, fx.Node) or index in found.values or view.ndim != 3 or base.static.gathered:
         return None
-    value = index.meta.get("val", index.meta.get("example_value"))
+    value = value_of(index)
     if not isinstance(value, torch.Tensor) or value.ndim > 1 or value.dtype == torch.bool:
         return None
     if value.ndim == 1:
@@ -252,7 +259,7 @@ def _ask(rule: Any, node: fx.Node, found: Found) -> Product | Refusal | None:
         value = found.values.get(a)
         if isinstance(value, StaticValue) and value.static.ndim > 1:
             return value.static
-        captured = a.meta.get("val", a.meta.get("example_value"))
+        captured = value_of(a)
         return _Activation() if captured is None else captured
 
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
@@ -292,19 +299,21 @@ def _decline(
             found.declined.append(Declined(label, kind, inputs, sizes[0], math.prod(sizes), 1, answer.reason))
         return
     dynamic = [a for a in node.all_input_nodes if a not in found.values]
-    matrices = [a for a in computed if getattr(a.meta.get("val", a.meta.get("example_value")), "ndim", 0) > 1]
+    matrices = [a for a in computed if getattr(value_of(a), "ndim", 0) > 1]
     if not dynamic or not matrices:
         return
-    value, shape = found.values[matrices[0]], matrices[0].meta.get("val", matrices[0].meta.get("example_value")).shape
+    value, shape = found.values[matrices[0]], value_of(matrices[0]).shape
     size = [int(n) if isinstance(n, int) else 0 for n in (math.prod(shape[1:]), shape[0])]
-    what = "its weight is computed at run time" if value.parameter else "its static operand is a buffer, not a parameter"
+    what = (
+        "its weight is computed at run time" if value.parameter else "its static operand is a buffer, not a parameter"
+    )
     found.declined.append(Declined(value.source, kind, size[0], size[1], size[0] * size[1], 1, what))
 
 
 def _note_rewritten(node: fx.Node, captured: Captured, found: Found) -> None:
     factor = next((captured.parameters[a] for a in node.all_input_nodes if a in captured.parameters), None)
     if factor is not None:
-        R, L = (a.meta["val"].shape for a in node.args[1:3])
+        R, L = (value_of(a).shape for a in node.args[1:3])
         owner = factor.rpartition(".")[0]
         if any(d.name == owner for d in found.declined):
             return
@@ -332,7 +341,7 @@ def _overlap(views: list[MatrixView]) -> bool:
     if len(views) < 2:
         return False
     spans = sorted(view.entries() for view in views)
-    if all(before[1] <= after[0] for before, after in zip(spans, spans[1:], strict=False)):
+    if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
         return False
     taken = torch.zeros(max(stop for _, stop in spans), dtype=torch.bool)
     for view in views:
@@ -350,7 +359,8 @@ def _main_count(counts: Iterable[int]) -> int:
 
 def _unseen_layers(model: nn.Module, captured: Captured, found: Found) -> list[Declined]:
     """Matrices, embeddings aside, that the captured graphs never read."""
-    seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in _mentioned(captured, found)}
+    mentioned = _mentioned(captured, found)
+    seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in mentioned}
     rows = []
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -360,7 +370,9 @@ def _unseen_layers(model: nn.Module, captured: Captured, found: Found) -> list[D
             size = math.prod(parameter.shape[1:]), parameter.shape[0]
             if not isinstance(module, nn.Embedding):
                 kind = "linear" if isinstance(module, nn.Linear) else "parameter"
-                reason = "not read in the captured run" if captured.given else "not seen: give example_inputs that use it"
+                reason = (
+                    "not read in the captured run" if captured.given else "not seen: give example_inputs that use it"
+                )
                 rows.append(Declined(name, kind, *size, parameter.numel(), 0, reason))
     return rows
 

@@ -90,6 +90,11 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
+def value_of(node: Any) -> Any:
+    """A node's (fake) value; None where none was captured. Dynamo's graphs have it under a name of their own."""
+    return node.meta.get("val", node.meta.get("example_value"))
+
+
 def _device(model: nn.Module) -> torch.device | None:
     first = next(model.parameters(), None)
     return None if first is None else first.device
@@ -157,7 +162,7 @@ def captured_program(program: torch.export.ExportedProgram, how: str, given: boo
 
 
 def _name_symbols(captured: Captured, node: fx.Node) -> None:
-    value = node.meta.get("val", node.meta.get("example_value"))
+    value = value_of(node)
     for d, size in enumerate(getattr(value, "shape", ())):
         expr = size.node.expr if isinstance(size, torch.SymInt) else None
         if isinstance(expr, sympy.Symbol) and expr not in captured.symbol_names:

@@ -34,7 +34,9 @@ def check_model(model: Any) -> nn.Module:
         )
     kind = type(model).__name__
     if isinstance(model, torch._dynamo.OptimizedModule):
-        raise WrappedModelError("The model is compiled: pass the plain model (model._orig_mod), then compile the result.")
+        raise WrappedModelError(
+            "The model is compiled: pass the plain model (model._orig_mod), then compile the result."
+        )
     if isinstance(model, torch.jit.ScriptModule):
         raise WrappedModelError("The model is a ScriptModule, which has no FX graph: pass the Python module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -76,7 +78,7 @@ def check_weights(model: nn.Module, candidates: Sequence[Candidate], *, values: 
         if not torch.isfinite(parameter).all():
             bad = int((~torch.isfinite(parameter)).sum())
             raise WeightError(
-                f"The weight {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: mend it, or exclude it."
+                f"The weight {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: mend or exclude it."
             )
 
 
@@ -89,8 +91,8 @@ def on_meta(model: nn.Module) -> bool:
     meta = [name for name, p in model.named_parameters() if p.is_meta]
     if meta and len(meta) < len(list(model.parameters())):
         raise MetaDeviceError(
-            f"{len(meta)} parameters are on the meta device and the others are not (the first is {meta[0]!r}): load all "
-            "of the model, or none of it to plan only."
+            f"{len(meta)} parameters are on the meta device and the others are not (the first is {meta[0]!r}): load "
+            "all of the model, or none of it to plan only."
         )
     return bool(meta)
 

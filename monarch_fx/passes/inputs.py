@@ -43,16 +43,18 @@ def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     Raises:
         ExampleInputsError: They can't be bound to the model's forward.
     """
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
     if isinstance(example_inputs, torch.Tensor):
-        args, kwargs = (example_inputs,), {}
+        args = (example_inputs,)
     elif isinstance(example_inputs, Mapping):
-        args, kwargs = (), {str(key): value for key, value in example_inputs.items()}
+        kwargs = {str(key): value for key, value in example_inputs.items()}
     elif isinstance(example_inputs, (tuple, list)):
-        args, kwargs = tuple(example_inputs), {}
+        args = tuple(example_inputs)
     else:
         raise ExampleInputsError(
-            f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, or a "
-            "dict of keyword arguments."
+            f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, or "
+            "a dict of keyword arguments."
         )
     signature = inspect.signature(model.forward)
     try:

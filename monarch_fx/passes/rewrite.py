@@ -57,11 +57,11 @@ def copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export's own modules warn when they are copied
-            return copy.deepcopy(model, memo)  # type: ignore[arg-type]
+            return copy.deepcopy(model, memo)
     except Exception as error:
         raise MonarchError(
-            f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): pass inplace=True to rewrite it "
-            "where it is."
+            f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): pass inplace=True to rewrite "
+            "it where it is."
         ) from error
 
 

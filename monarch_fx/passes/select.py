@@ -16,7 +16,19 @@ Pattern = str | re.Pattern[str] | Callable[[str, nn.Module], bool]
 Patterns = Pattern | Sequence[Pattern]
 
 # Output heads and input embeddings: first parts of a name, as transformers, timm and torchvision call them.
-HEADS = ("lm_head", "head", "heads", "head_dist", "classifier", "score", "cls", "qa_outputs", "embed_out", "proj_out", "fc")
+HEADS = (
+    "lm_head",
+    "head",
+    "heads",
+    "head_dist",
+    "classifier",
+    "score",
+    "cls",
+    "qa_outputs",
+    "embed_out",
+    "proj_out",
+    "fc",
+)
 EMBEDDINGS = re.compile(r"(^|\.)(patch_embed\w*|\w*embeddings?|embed\w*|stem)\.")
 
 

@@ -44,7 +44,9 @@ def einsum(equation: Any, *operands: Any, path: Any = None) -> Product | Refusal
         return Refusal(f"einsum {equation!r} sums the activation alone")
     if weight.gathered or weight.picked is not None:
         return Refusal("an einsum whose matrices are chosen at run time")
-    matrix = weight.matrix(out=[w.index(c) for c in free], inp=[w.index(c) for c in summed], batch=[w.index(c) for c in batch])
+    matrix = weight.matrix(
+        out=[w.index(c) for c in free], inp=[w.index(c) for c in summed], batch=[w.index(c) for c in batch]
+    )
     sizes = dict(zip(w, weight.view.sizes, strict=True))
 
     def rewrite(multiply: Any) -> Any:

@@ -1,0 +1,91 @@
+"""The product with a part of a MonarchWeight: by its factors, or by its dense values where no piece has that part."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from monarch_fx.errors import DenseFallbackWarning, StructureError
+from monarch_fx.kernels.op import monarch_bmm, monarch_grouped_mm
+from monarch_fx.layers.match import find_piece
+from monarch_fx.rules import Multiply
+from monarch_fx.views import MatrixView
+
+if TYPE_CHECKING:
+    from monarch_fx.layers.weight import DenseLike
+
+
+def multiplier(operand: DenseLike, matrix: MatrixView) -> Multiply:
+    """The product with the piece of the weight that ``matrix`` names; with the dense values where none fits."""
+    root, index, cast = operand.root, operand.index, operand.cast
+    match = find_piece(root.views, matrix)
+    if match is None:
+        if index is not None:
+            raise StructureError("A view of a Monarch weight that the plan doesn't know is indexed at run time.")
+        warn_dense(operand, "a product with an unplanned view")
+        dense = root.to_dense_root().reshape(-1).as_strided(*_strided_matrix(matrix))
+        batch = (matrix.batch_size,) if matrix.batch else ()
+        dense = dense.reshape(*batch, matrix.out_features, matrix.in_features)
+        return lambda x, bias=None, *, offs=None: _dense_product(x, _chosen(dense, None, cast), bias, offs)
+    suffix, shape = root.suffix(match.piece), root.shapes[match.piece]
+    picks = match.element if match.element is not None else index
+
+    def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
+        if match.rows is not None:
+            y = product(x)[..., match.rows]
+            return y if bias is None else y + bias
+        return product(x, bias, offs)
+
+    def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
+        if shape is None:
+            dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
+            return _dense_product(_widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
+        R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
+        L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
+        if match.flipped:  # the transposed matrix has the same factors, in the other order
+            R, L = L, R
+        out = (shape.in_features if match.flipped else shape.out_features) if shape.padded else None
+        x = _widened(x, R)
+        if offs is not None:
+            return monarch_grouped_mm(x, R, L, offs, out_features=out)
+        return monarch_bmm(x, R, L, bias, out_features=out)
+
+    return multiply
+
+
+def warn_dense(operand: DenseLike, name: str) -> None:
+    """Says aloud that the factors are multiplied out, since it costs what they save."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"A Monarch weight of shape {tuple(operand.shape)} is multiplied out, because {name!r} reads it. The "
+            "result is right, but not fast: exclude this weight from monarchify, or call its layer instead.",
+            DenseFallbackWarning,
+            stacklevel=4,
+        )
+
+
+def _strided_matrix(matrix: MatrixView) -> tuple[list[int], list[int], int]:
+    dims = [*matrix.batch, *matrix.out, *matrix.inp]
+    return [n for n, _ in dims], [stride for _, stride in dims], matrix.offset
+
+
+def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:
+    factor = factor if picks is None else factor[picks]
+    return factor if cast is None else factor.to(cast)
+
+
+def _widened(x: Any, factor: Any) -> Any:
+    """A half-precision activation that meets float32 factors is widened (T5 keeps ``wo`` in float32)."""
+    if isinstance(x, fx.Proxy) or x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(factor.dtype) if torch.promote_types(x.dtype, factor.dtype) == factor.dtype else x
+
+
+def _dense_product(x: Any, dense: Any, bias: Any, offs: Any) -> Any:
+    if offs is not None:
+        return torch.nn.functional.grouped_mm(x, dense.mT, offs=offs)
+    y = torch.matmul(x, dense.mT)
+    return y if bias is None else y + bias
