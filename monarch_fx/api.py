@@ -85,7 +85,7 @@ def plan(
     meta = checks.on_meta(model)
 
     inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
-    captured = graph.captured_module(model) or capture(model, inputs)
+    captured = graph.captured_module(model, inputs) or capture(model, inputs)
     candidates, declined = find_candidates(captured, model)
     candidates, declined = select(candidates, declined, model, include, exclude)
     checks.check_weights(model, candidates, values=not meta)
@@ -186,7 +186,7 @@ def monarchify(
         raise ConfigError(f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan.")
     checks.check_plan(model, plan)
     checks.check_weights(model, [d.candidate for d in plan.rewritten], values=True)
-    return _carry_out(model, plan, init, inplace)
+    return _carry_out(model, plan, init, inplace, example_inputs)
 
 
 def report(model: nn.Module) -> Report:
@@ -209,6 +209,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     model = checks.check_model(model)
     dense = rewrite.copy_without(model, ())
+    if isinstance(dense, fx.GraphModule):
+        graph.conceal(dense)
     rewrite.restore_dense(dense)
     if hasattr(dense, _REPORT):
         delattr(dense, _REPORT)
@@ -227,13 +229,14 @@ def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
     """
     model = checks.check_model(model)
     inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
-    captured = graph.captured_module(model) or capture(model, inputs)
+    captured = graph.captured_module(model, inputs) or capture(model, inputs)
     print("\n".join(listing(captured)))
 
 
-def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool) -> nn.Module:
+def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_inputs: Any) -> nn.Module:
     """Projects every weight that the plan rewrites, and installs the factors."""
     start = time.perf_counter()
+    inputs = None if example_inputs is None else user_inputs(model, example_inputs)
     before = checks.total_params(model.parameters())
     jobs = rewrite.by_parameter(plan)
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -270,7 +273,7 @@ def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool) -> nn.Mod
         for name, weight in weights.items():
             rewrite.install(target, name, weight)
     if isinstance(target, fx.GraphModule):
-        graph.expose(target)
+        graph.expose(target, inputs)
     finish(target)
     return target
 

@@ -45,19 +45,25 @@ class MatrixView:
     def transposed(self) -> "MatrixView":
         return MatrixView(self.batch, self.inp, self.out, self.offset)
 
+    @property
+    def strided(self) -> tuple[list[int], list[int], int]:
+        """Sizes, strides and offset of all dimensions: batch, out, inp."""
+        dims = self.batch + self.out + self.inp
+        return [n for n, _ in dims], [stride for _, stride in dims], self.offset
+
     def gather(self, parameter: torch.Tensor) -> torch.Tensor:
         """The matrices as a tensor (out, in), or (batch, out, in) where there is a batch dimension."""
-        dims = self.batch + self.out + self.inp
+        sizes, strides, offset = self.strided
         flat = parameter.detach().contiguous().view(-1)
-        dense = flat.as_strided([n for n, _ in dims], [st for _, st in dims], flat.storage_offset() + self.offset)
+        dense = flat.as_strided(sizes, strides, flat.storage_offset() + offset)
         shape = (self.out_features, self.in_features)
         return dense.reshape((self.batch_size, *shape) if self.batch else shape)
 
     def scatter(self, parameter: torch.Tensor, dense: torch.Tensor) -> None:
         """Writes ``dense``, shaped as ``gather`` returns it, into the entries of a contiguous ``parameter``."""
-        dims = self.batch + self.out + self.inp
+        sizes, strides, offset = self.strided
         flat = parameter.view(-1)
-        target = flat.as_strided([n for n, _ in dims], [st for _, st in dims], flat.storage_offset() + self.offset)
+        target = flat.as_strided(sizes, strides, flat.storage_offset() + offset)
         target.copy_(dense.reshape(target.shape))
 
     def entries(self) -> tuple[int, int]:

@@ -273,6 +273,10 @@ def test_graph_module_in_graph_module_out() -> None:
     assert all("val" in n.meta for n in rewritten.graph.nodes if n.op == "call_function")
     longer = torch.randn(3, 11, 32)
     torch.testing.assert_close(rewritten(longer), mfx.to_dense(rewritten_eager(program))(longer), rtol=1e-4, atol=1e-5)
+    dense = mfx.to_dense(rewritten)
+    assert not any("monarch" in str(n.target) for n in dense.graph.nodes)
+    assert dense.state_dict().keys() == module.state_dict().keys()
+    torch.testing.assert_close(dense(longer), rewritten(longer), rtol=1e-4, atol=1e-5)
 
 
 def rewritten_eager(program: torch.export.ExportedProgram) -> nn.Module:
@@ -296,6 +300,52 @@ def test_symbolically_traced_module() -> None:
     rewritten = mfx.monarchify(module, config=HALF_GRID, example_inputs=torch.randn(5, 64))
     assert isinstance(rewritten, torch.fx.GraphModule)
     assert mfx.report(rewritten).plan.monarch_calls == 2
+
+
+class LeftProduct(nn.Module):
+    """What ``W @ x`` means depends on the dimensions of x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.matmul(self.weight, x)
+
+
+class EinsumProduct(LeftProduct):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bsd,ed->bse", x, self.weight)
+
+
+def test_monarch_linear_becomes_linear() -> None:
+    layer = mfx.MonarchLinear(48, 64, nblocks=4)
+    dense = mfx.to_dense(nn.Sequential(layer))[0]
+    assert type(dense) is nn.Linear
+    assert type(layer) is mfx.MonarchLinear
+    x = torch.randn(5, 48)
+    torch.testing.assert_close(dense(x), layer(x))
+
+
+def test_products_that_need_shapes_are_declined_without_them() -> None:
+    module = torch.fx.symbolic_trace(LeftProduct())
+    x = torch.randn(3, 64, 5)
+    with pytest.raises(errors.NoEligibleProductError, match="shape is not known"):
+        mfx.monarchify(module, config=HALF_GRID)
+    rewritten = mfx.monarchify(module, config=HALF_GRID, example_inputs=x)
+    assert sum("monarch_bmm" in str(n.target) for n in rewritten.graph.nodes) == 1
+    torch.testing.assert_close(mfx.to_dense(rewritten)(x), rewritten(x), rtol=1e-4, atol=1e-4)
+    plan = mfx.report(rewritten).plan
+    with pytest.raises(errors.ExampleInputsError, match="matmul.*give example_inputs"):
+        mfx.monarchify(module, plan=plan)
+
+
+def test_einsum_in_a_graph_without_shapes() -> None:
+    module = torch.fx.symbolic_trace(EinsumProduct())
+    rewritten = mfx.monarchify(module, config=HALF_GRID)
+    assert [n.op for n in rewritten.graph.nodes].count("call_function") == 1  # monarch_bmm alone, no reshaping
+    x = torch.randn(3, 5, 64)
+    torch.testing.assert_close(mfx.to_dense(rewritten)(x), rewritten(x), rtol=1e-4, atol=1e-4)
 
 
 # --- planning and selection

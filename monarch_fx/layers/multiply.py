@@ -26,7 +26,7 @@ def multiplier(operand: DenseLike, matrix: MatrixView) -> Multiply:
         if index is not None:
             raise StructureError("A view of a Monarch weight that the plan doesn't know is indexed at run time.")
         warn_dense(operand, "a product with an unplanned view")
-        dense = root.to_dense_root().reshape(-1).as_strided(*_strided_matrix(matrix))
+        dense = root.to_dense_root().reshape(-1).as_strided(*matrix.strided)
         batch = (matrix.batch_size,) if matrix.batch else ()
         dense = dense.reshape(*batch, matrix.out_features, matrix.in_features)
         return lambda x, bias=None, *, offs=None: _dense_product(x, _chosen(dense, None, cast), bias, offs)
@@ -65,11 +65,6 @@ def warn_dense(operand: DenseLike, name: str) -> None:
             DenseFallbackWarning,
             stacklevel=4,
         )
-
-
-def _strided_matrix(matrix: MatrixView) -> tuple[list[int], list[int], int]:
-    dims = [*matrix.batch, *matrix.out, *matrix.inp]
-    return [n for n, _ in dims], [stride for _, stride in dims], matrix.offset
 
 
 def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:

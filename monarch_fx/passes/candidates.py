@@ -49,7 +49,6 @@ class ComputedValue:
 class _Activation:
     """Stands for an activation whose shape was not captured."""
 
-    ndim = 3
     shape = None
 
 

@@ -1,17 +1,22 @@
-"""The plain pass: GraphModule -> GraphModule with ``monarch_bmm`` nodes; and the readable listing of a graph."""
+"""The plain pass: GraphModule -> GraphModule with ``monarch_bmm`` nodes."""
 
 from __future__ import annotations
 
+import inspect
 import operator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
+from monarch_fx.errors import ExampleInputsError
 from monarch_fx.layers.weight import DenseLike, MonarchWeight, WeightView, dispatch, view_of
-from monarch_fx.passes.capture import Captured, captured_graph
+from monarch_fx.passes.capture import Captured, captured_graph, value_of
+from monarch_fx.passes.inputs import Inputs
 from monarch_fx.rules import op_name
 from monarch_fx.views import VIEW_OPERATIONS
 
@@ -49,14 +54,21 @@ def _names(module: fx.GraphModule) -> list[str]:
     return [node.target for node in module.graph.nodes if node.op == "placeholder"]
 
 
-def captured_module(model: nn.Module) -> Captured | None:
-    """The model's own graph, where it is a GraphModule whose products stand in it."""
+def captured_module(model: nn.Module, inputs: Inputs | None) -> Captured | None:
+    """The model's own graph, where it is a GraphModule whose products stand in it and whose shapes are known."""
     if not isinstance(model, fx.GraphModule):
         return None
     called = [model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module"]
     if any(True for module in called for _ in module.parameters()):
         return None
+    if inputs is not None and not has_shapes(model.graph):
+        return None
     return captured_graph(model.graph, model, "the GraphModule's own graph")
+
+
+def has_shapes(graph: fx.Graph) -> bool:
+    """Whether the graph's nodes hold (fake) values."""
+    return all(value_of(node) is not None for node in graph.nodes if node.op == "placeholder")
 
 
 class _Factors:
@@ -71,11 +83,17 @@ class _Factors:
             setattr(self, name, proxy)
 
 
-def expose(module: fx.GraphModule) -> None:
+def expose(module: fx.GraphModule, inputs: Inputs | None) -> None:
     """Writes every product with a MonarchWeight into the graph as ``monarch_bmm`` over its factors; in place.
 
     Nodes keep their ``meta``; new nodes get ``meta["val"]`` where their inputs have it. The graph is linted.
+
+    Raises:
+        ExampleInputsError: A product can't be written without shapes, and neither graph nor inputs have them.
     """
+    if inputs is not None and not has_shapes(module.graph):
+        arguments = inspect.signature(module.forward).bind(*inputs.args, **inputs.kwargs).arguments.values()
+        FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*arguments)
     old = module.graph
     new = fx.Graph()
     new._codegen = old._codegen
@@ -97,7 +115,12 @@ def expose(module: fx.GraphModule) -> None:
             env[node] = args[0][args[1]]
         elif node.op in ("call_function", "call_method") and _reads_weight(args, kwargs):
             last = len(new.nodes)
-            env[node] = _evaluate(node, args, kwargs)
+            try:
+                env[node] = _evaluate(node, args, kwargs)
+            except ValueError as error:
+                raise ExampleInputsError(
+                    f"The product {node.name!r} of the graph can't be rewritten: {error}."
+                ) from error
             _fill_meta(new, last, node)
         else:
             plain = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n].node)
@@ -108,6 +131,53 @@ def expose(module: fx.GraphModule) -> None:
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.recompile()
+
+
+def conceal(module: fx.GraphModule) -> None:
+    """The reverse of ``expose``, for weights that become dense again: products read the parameter; in place."""
+    for node in list(module.graph.nodes):
+        name = op_name(node.target)
+        if name in ("monarch_fx::monarch_bmm", "monarch_fx::monarch_grouped_mm"):
+            with module.graph.inserting_before(node):
+                dense = _dense_node(module, node, grouped=name.endswith("grouped_mm"))
+            dense.meta = dict(node.meta)
+            node.replace_all_uses_with(dense)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+
+
+def _dense_node(module: fx.GraphModule, node: fx.Node, grouped: bool) -> fx.Node:
+    """The product of a ``monarch_bmm`` node with a view of the dense parameter."""
+    call = module.graph.call_function
+    x, _, _, *rest = node.args
+    R: Any = node.args[1]
+    picks, cast = None, None
+    while R.op != "get_attr":  # factors that are picked by an index, or cast
+        if op_name(R.target) == "getitem":
+            picks = R.args[1]
+        else:
+            cast = R.args[1]
+        R = R.args[0]
+    path, _, factor = str(R.target).rpartition(".")
+    weight = module.get_submodule(path)
+    assert isinstance(weight, MonarchWeight)
+    piece = next(i for i in range(len(weight.views)) if factor in (f"R{weight.suffix(i)}", f"L{weight.suffix(i)}"))
+    view = weight.views[piece]
+    matrix = view if factor.startswith("R") else view.transposed  # the factors stand in the other order
+    dense = call(torch.as_strided, (module.graph.get_attr(path), *matrix.strided))
+    if max(len(matrix.out), len(matrix.inp), len(matrix.batch)) > 1:
+        batch = (matrix.batch_size,) if matrix.batch else ()
+        dense = call(torch.reshape, (dense, (*batch, matrix.out_features, matrix.in_features)))
+    if picks is not None:
+        dense = call(operator.getitem, (dense, picks))
+    if cast is not None:
+        dense = module.graph.call_method("to", (dense, cast))
+    turned = call(torch.transpose, (dense, -2, -1))
+    if grouped:
+        return call(F.grouped_mm, (x, turned), {"offs": rest[0]})
+    y = call(torch.matmul, (x, turned))
+    return y if not rest or rest[0] is None else call(torch.add, (y, rest[0]))
 
 
 def _weight_at(module: nn.Module, node: fx.Node) -> MonarchWeight | None:

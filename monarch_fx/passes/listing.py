@@ -77,7 +77,10 @@ def _shape(node: fx.Node) -> str:
 def _structure(node: fx.Node) -> str:
     if op_name(node.target) not in ("monarch_fx::monarch_bmm", "monarch_fx::monarch_grouped_mm"):
         return ""
-    R, L = (value_of(a).shape for a in node.args[1:3])
+    factors = [value_of(a) for a in node.args[1:3]]
+    if any(factor is None for factor in factors):  # traced without shapes
+        return ""
+    R, L = (factor.shape for factor in factors)
     inside = f"{R[-4] * R[-1]} -> {L[-4] * L[-1]}, grid {R[-3]}x{R[-4]}, rank {R[-2]}"
     batch = R[0] if len(R) == 5 else 1
     before, after = batch * R[-4] * R[-1] * L[-4] * L[-1], R.numel() + L.numel()

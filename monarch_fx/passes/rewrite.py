@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from monarch_fx.errors import MonarchError
-from monarch_fx.layers import MonarchWeight
+from monarch_fx.layers import MonarchLinear, MonarchWeight
 from monarch_fx.records import Decision, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 
@@ -74,3 +74,5 @@ def restore_dense(model: nn.Module) -> None:
                     dense = nn.Parameter(child.to_dense_root(), requires_grad=child.requires_grad)
                 del module._modules[key]
                 module.register_parameter(key, dense)
+        if isinstance(module, MonarchLinear):
+            module.__class__ = nn.Linear  # type: ignore[assignment]

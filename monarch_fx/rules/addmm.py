@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from monarch_fx.rules.base import Product, Refusal, Static, ndim
+from monarch_fx.rules.base import Product, Refusal, Static
 from monarch_fx.rules.matmul import matmul
 
 
@@ -13,7 +13,7 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) ->
         return product
     if isinstance(input, Static):
         return Refusal("the added operand is a view of a rewritten parameter")
-    if alpha == 1 and beta == 1 and isinstance(mat2, Static) and ndim(input) == 1:
+    if alpha == 1 and beta == 1 and isinstance(mat2, Static):
         return Product(product.matrix, product.x, lambda multiply: multiply(mat1, input))
     # torch ignores the added operand where beta is 0, NaN included
     if beta == 0:

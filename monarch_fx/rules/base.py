@@ -74,11 +74,15 @@ Rule = Callable[..., "Product | Refusal | None"]
 
 
 def ndim(x: Any) -> int:
-    """Dimensions of an activation, also where it is a proxy of a graph that is being rewritten."""
-    if isinstance(x, fx.Proxy):
-        value = x.node.meta["val"]
-        return int(value.ndim)
-    return int(x.ndim)
+    """Dimensions of an activation, also where it is a proxy of a graph that is being rewritten.
+
+    Raises:
+        ValueError: Its shape was not captured.
+    """
+    value: Any = x.node.meta.get("val") if isinstance(x, fx.Proxy) else x
+    if getattr(value, "shape", None) is None:
+        raise ValueError("the activation's shape is not known (give example_inputs)")
+    return len(value.shape)
 
 
 def op_name(target: Any) -> str:

@@ -34,11 +34,11 @@ def convolution(
     if isinstance(bias, Static):
         return Refusal("its bias is a view of a rewritten parameter")
     matrix = weight.matrix(out=[0], inp=list(range(1, weight.ndim)))
-    channel = ndim(input) - dims - 1
+    channel = -dims - 1
 
     def rewrite(multiply: Any) -> Any:
-        patches = _subsample(input, steps) if pointwise else _patches(input, kernel, channel)
-        return multiply(patches.movedim(channel, -1) if pointwise else patches, bias).movedim(-1, channel)
+        rows = _subsample(input, steps).movedim(channel, -1) if pointwise else _patches(input, kernel)
+        return multiply(rows, bias).movedim(-1, channel)
 
     thin = 1
     for step in steps if pointwise else ():
@@ -79,9 +79,10 @@ def _subsample(x: Any, steps: tuple[int, ...]) -> Any:
     return x[(..., *[slice(None, None, step) for step in steps])]
 
 
-def _patches(x: Any, kernel: tuple[int, ...], channel: int) -> Any:
+def _patches(x: Any, kernel: tuple[int, ...]) -> Any:
     """x (*, in, *space) as rows (*, *space / kernel, in * kernel); what a last partial window covers is dropped."""
     dims = len(kernel)
+    channel = ndim(x) - dims - 1
     for d, k in enumerate(kernel):
         at = channel + 1 + 2 * d
         windows = x.shape[at] // k

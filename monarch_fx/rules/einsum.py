@@ -31,7 +31,8 @@ def einsum(equation: Any, *operands: Any, path: Any = None) -> Product | Refusal
         result = ("..." if "..." in terms else "") + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
     if "..." in w:
         return Refusal("the static operand of the einsum has an ellipsis")
-    v, result = _spell_ellipsis(v, result, ndim(x))
+    if "..." in v:
+        v, result = _spell_ellipsis(v, result, ndim(x))
     if len(set(w)) != len(w) or len(set(v)) != len(v):
         return Refusal("the einsum reads a diagonal")
     batch = [c for c in w if c in v and c in result]
@@ -50,25 +51,26 @@ def einsum(equation: Any, *operands: Any, path: Any = None) -> Product | Refusal
     sizes = dict(zip(w, weight.view.sizes, strict=True))
 
     def rewrite(multiply: Any) -> Any:
-        turned = x.permute([v.index(c) for c in batch + rows + summed])
-        lead = [turned.shape[d] for d in range(len(batch) + len(rows))]
+        turned = _permuted(x, [*v], batch + rows + summed)
+        flat = turned.flatten(len(batch) + len(rows)) if len(summed) > 1 else turned  # (*batch, *rows, in)
         if batch:
-            flat = turned.flatten(len(batch) + len(rows)).flatten(0, len(batch) - 1)  # (B, *rows, in)
+            flat = flat.flatten(0, len(batch) - 1)
             flat = flat.flatten(1, -2) if rows else flat.unsqueeze(1)  # (B, tokens, in)
-            y = multiply(flat)
-        else:
-            y = multiply(turned.flatten(len(rows)))
-        y = y.reshape(*lead, *[sizes[c] for c in free])
-        order = batch + rows + free
-        return y.permute([order.index(c) for c in result])
+        y = multiply(flat)
+        if batch or len(free) != 1:
+            lead = [turned.shape[d] for d in range(len(batch) + len(rows))]
+            y = y.reshape(*lead, *[sizes[c] for c in free])
+        return _permuted(y, batch + rows + free, [*result])
 
     return Product(matrix, x, rewrite)
 
 
+def _permuted(x: Any, letters: list[str], wanted: list[str]) -> Any:
+    return x if letters == wanted else x.permute([letters.index(c) for c in wanted])
+
+
 def _spell_ellipsis(term: str, result: str, dims: int) -> tuple[str, str]:
     """Letters for the dimensions that '...' stands for in the activation and in the result."""
-    if "..." not in term:
-        return term, result
     spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz" if c not in term and c not in result]
     letters = "".join(spare[-(dims - len(term.replace("...", ""))) :]) if dims > len(term.replace("...", "")) else ""
     return term.replace("...", letters), result.replace("...", letters)
