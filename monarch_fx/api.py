@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from monarch_fx.records import Candidate, Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
 
 DEFAULT_TOKENS = 4096
-ANNOUNCE_SECONDS = 20.0
+ANNOUNCE_SECONDS = 60.0
 _REPORT = "_monarch_fx_report"
 
 Tokens = int | Mapping[int, float] | None
@@ -280,10 +279,11 @@ def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_i
 
 def _factors(dense: torch.Tensor, shape: MonarchShape, init: str) -> tuple[Monarch, float]:
     """The structure of a dense weight (batch?, out, in), and its relative error."""
-    monarch = project(dense, shape)
     if init == "random":
+        monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
         init_factors(monarch, float(dense.float().std()))
         return monarch, float("nan")
+    monarch = project(dense, shape)
     wide = torch.promote_types(dense.dtype, torch.float32)
     difference = monarch.to_dense().to(wide) - dense.to(wide)
     return monarch, float(difference.norm() / dense.to(wide).norm().clamp_min(torch.finfo(wide).tiny))
@@ -335,10 +335,10 @@ def _errors(
     sizes = [(c.batch, c.out_features, c.in_features) for c in candidates]
     all_grids = sorted({grid for c in candidates for grid in wanted[c.name]})
     seconds = expected_seconds(sizes, all_grids)
-    if seconds > ANNOUNCE_SECONDS:
-        warnings.warn(f"The spectra of {len(candidates)} weights take about {seconds:.0f} s.", stacklevel=3)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    announced = seconds >= ANNOUNCE_SECONDS and parameters[candidates[0].parameter].device.type == "cpu"
+    wait = f" (about {seconds / 60:.0f} min)" if announced else ""
     tails = {}
-    for c in tqdm(candidates, desc="spectra", unit="weight", leave=False, disable=len(candidates) < 2):
+    for c in tqdm(candidates, desc=f"spectra{wait}", unit="weight", leave=False, disable=len(candidates) < 2):
         tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name])
     return tails, "block spectra of the weights"

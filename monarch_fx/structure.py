@@ -115,6 +115,21 @@ class Monarch:
         if ranks is not None:
             self.R, self.L = _masked(R, L, ranks)
 
+    @classmethod
+    def empty(
+        cls,
+        shape: MonarchShape,
+        batch: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Monarch:
+        """A matrix, or ``batch`` equal ones, with factors that are not filled in yet."""
+        lead = () if batch is None else (batch,)
+        n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
+        R = torch.empty(*lead, n_in, n_out, rank, shape.p, dtype=dtype, device=device)
+        L = torch.empty(*lead, n_out, n_in, rank, shape.s, dtype=dtype, device=device)
+        return cls(R, L, in_features=shape.in_features, out_features=shape.out_features)
+
     @property
     def shape(self) -> MonarchShape:
         """Size, grid and (largest) rank."""

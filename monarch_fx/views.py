@@ -162,11 +162,20 @@ def _slice(
     v: StridedView, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> StridedView:
     dim %= v.ndim
-    first, stop, stride = slice(start, end, step).indices(v.sizes[dim])
+    if step < 1:
+        raise ValueError(f"step must be greater than zero, got {step}")
+    first, stop = _bound(start, 0, v.sizes[dim]), _bound(end, v.sizes[dim], v.sizes[dim])
     sizes, strides = list(v.sizes), list(v.strides)
-    sizes[dim] = max(0, -(-(stop - first) // stride))
-    strides[dim] *= stride
+    sizes[dim] = max(0, -(-(stop - first) // step))
+    strides[dim] *= step
     return StridedView(tuple(sizes), tuple(strides), v.offset + first * v.strides[dim])
+
+
+def _bound(at: int | None, default: int, size: int) -> int:
+    """As ``slice.indices``, which dynamo doesn't trace on PyTorch 2.11."""
+    if at is None:
+        return default
+    return min(max(at + size if at < 0 else at, 0), size)
 
 
 def _narrow(v: StridedView, dim: int, start: int, length: int) -> StridedView:

@@ -336,7 +336,7 @@ def test_products_that_need_shapes_are_declined_without_them() -> None:
     assert sum("monarch_bmm" in str(n.target) for n in rewritten.graph.nodes) == 1
     torch.testing.assert_close(mfx.to_dense(rewritten)(x), rewritten(x), rtol=1e-4, atol=1e-4)
     plan = mfx.report(rewritten).plan
-    with pytest.raises(errors.ExampleInputsError, match="matmul.*give example_inputs"):
+    with pytest.raises(errors.ExampleInputsError, match=r"matmul.*give example_inputs"):
         mfx.monarchify(module, plan=plan)
 
 

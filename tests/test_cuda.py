@@ -11,6 +11,7 @@ import monarch_fx as mfx
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_planned_projected_and_compiled_on_the_device() -> None:
     pytest.importorskip("transformers")
     model, inputs = zoo.gpt2()
@@ -29,17 +30,14 @@ def test_planned_projected_and_compiled_on_the_device() -> None:
 def test_op_on_the_device(dtype: torch.dtype) -> None:
     layer = mfx.MonarchLinear(256, 512, nblocks=4, device="cuda", dtype=dtype)
     x = torch.randn(3, 50, 256, device="cuda", dtype=dtype)
-    exact = x.double() @ layer.weight.to_dense().double().mT + layer.bias.double()
-    # two roundings of the intermediate and the result, over sums of a few hundred terms
-    torch.testing.assert_close(
-        layer(x).double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=0.05 * torch.finfo(dtype).eps ** 0.5
-    )
+    R, L = (factor.double() for factor in (layer.weight.R, layer.weight.L))
+    exact = mfx.Monarch(R, L)(x.double()) + layer.bias.double()
+    # intermediate, result and sum with the bias are rounded, and cuBLAS may add partial sums in the factors' dtype
+    scale = mfx.Monarch(R.abs(), L.abs())(x.double().abs()) + layer.bias.double().abs()
+    assert ((layer(x).double() - exact).abs() <= 4 * torch.finfo(dtype).eps * scale).all()
 
 
 def test_device_profile_is_found_and_measured() -> None:
-    model = mfx.MonarchLinear(64, 64).cuda()
-    assert model.weight.device.type == "cuda"
-    plan = mfx.plan(torch.nn.Sequential(torch.nn.Linear(4096, 4096)).cuda(), budget=0.5)
-    assert plan.device
+    model = torch.nn.Sequential(torch.nn.Linear(4096, 4096)).cuda()
     profile = mfx.measure_device("cuda")
-    assert profile.name
+    assert mfx.plan(model, budget=0.5).device == profile.name

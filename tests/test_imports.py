@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ def test_the_library_needs_no_optional_package(devices: str):
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL!r})); import monarch_fx; print(monarch_fx.monarchify)"
     )
-    env = {"CUDA_VISIBLE_DEVICES": devices, "PYTHONWARNINGS": "error"}
+    env = os.environ | {"CUDA_VISIBLE_DEVICES": devices, "PYTHONWARNINGS": "error"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
 
     assert done.returncode == 0, done.stderr

@@ -57,12 +57,7 @@ class MonarchLinear(nn.Linear):
         self.in_features = in_features
         self.out_features = out_features
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        monarch = Monarch(
-            torch.empty(shape.nblocks_in, shape.nblocks_out, rank, shape.p, **factory),
-            torch.empty(shape.nblocks_out, shape.nblocks_in, rank, shape.s, **factory),
-            in_features=in_features,
-            out_features=out_features,
-        )
+        monarch = Monarch.empty(shape, **factory)
         view = StridedView.whole((out_features, in_features)).matrix(out=[0], inp=[1])
         self.weight = MonarchWeight((out_features, in_features), [(view, monarch)])
         if bias:

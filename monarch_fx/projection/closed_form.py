@@ -41,15 +41,13 @@ def project(weight: Tensor, shape: MonarchShape) -> Monarch:
     if shape.rank > side:
         raise StructureError(f"Blocks of {shape.s}x{shape.p} have no rank {shape.rank}: use at most {side}.")
     grid = (shape.nblocks_out, shape.nblocks_in)
-    matrices = weight.detach().reshape(-1, *size)
-    R = weight.new_empty(len(matrices), shape.nblocks_in, shape.nblocks_out, shape.rank, shape.p)
-    L = weight.new_empty(len(matrices), shape.nblocks_out, shape.nblocks_in, shape.rank, shape.s)
-    for i, matrix in enumerate(matrices):  # one by one: the wide copies of a batch of experts would not fit
-        left, right = _factor(cut(matrix, grid), shape.rank)
-        L[i], R[i] = left, right.transpose(0, 1)
-    if weight.ndim == 2:
-        L, R = L[0], R[0]
-    return Monarch(R, L, in_features=shape.in_features, out_features=shape.out_features)
+    monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, weight.dtype, weight.device)
+    batched = weight.detach(), monarch.L, monarch.R
+    for matrix, L, R in zip(*(t if weight.ndim == 3 else t[None] for t in batched), strict=True):
+        left, right = _factor(cut(matrix, grid), shape.rank)  # one by one: wide copies of all experts would not fit
+        L.copy_(left)
+        R.copy_(right.transpose(0, 1))
+    return monarch
 
 
 def _factor(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
