@@ -120,6 +120,9 @@ def plan(
     )
 
 
+_plan = plan  # monarchify has an argument of that name
+
+
 def monarchify(
     model: Any,
     budget: float | None = None,
@@ -171,9 +174,15 @@ def monarchify(
             f"{type(model).__name__} is on the meta device: it can be planned (monarch_fx.plan), and rewritten once it "
             "is loaded."
         )
-    choices = {"budget": budget, "include": include, "exclude": exclude, "tokens": tokens, "config": config}
+    choices: dict[str, Any] = {
+        "budget": budget,
+        "include": include,
+        "exclude": exclude,
+        "tokens": tokens,
+        "config": config,
+    }
     if plan is None:
-        plan = globals()["plan"](
+        plan = _plan(
             model,
             example_inputs=example_inputs,
             workload=workload,

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import monarch_fx as mfx
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds
 from monarch_fx.costs.shipped import SHIPPED
@@ -392,3 +394,12 @@ def test_two_hundred_products_take_seconds() -> None:
     decisions = decided(candidates, 0.4, errors=errors)
     assert time.process_time() - start < 15  # 2 s on an idle core
     assert 0.38 <= kept(decisions) <= 0.4
+
+
+def test_products_of_all_sizes_share_the_cut() -> None:
+    """Errors weigh as much as the product's parameters: a large product is not cut to nothing to spare small ones."""
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict({"large": torch.nn.Linear(1024, 1024), "small": torch.nn.Linear(256, 256)})
+    plan = mfx.plan(model, budget=0.5, tokens=4096, device="cpu", config=MonarchConfig(require_speedup=False))
+    for decision in plan.decisions:
+        assert decision.params / decision.candidate.params == pytest.approx(0.5, abs=0.1)

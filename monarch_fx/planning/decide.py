@@ -75,9 +75,10 @@ def decide(
 ) -> tuple[Decision, ...]:
     """Chooses dense or one structure for every candidate.
 
-    The sum of relative squared errors, each counted once per call, is made smallest under the budget; no structure is
-    chosen that is predicted slower than dense, where ``config.require_speedup``. A structure that the user forces (a
-    grid with a rank, or without a budget) is taken whatever it costs.
+    The sum of relative squared errors, each weighted by its product's parameters times calls (its share of the work),
+    is made smallest under the budget; no structure is chosen that is predicted slower than dense, where
+    ``config.require_speedup``. A structure that the user forces (a grid with a rank, or without a budget) is taken
+    whatever it costs.
 
     Args:
         candidates: The eligible products.
@@ -139,7 +140,7 @@ def _within(budget: float, menus: Sequence[Menu], strict: bool) -> tuple[list[Op
     smallest = [pareto(menu.options)[0] for menu in menus]
     reached = sum(option.params for option in smallest)
     if reached <= budget * eligible:
-        weights = [len(menu.candidate.calls) for menu in menus]
+        weights = [len(menu.candidate.calls) * menu.candidate.params for menu in menus]
         return solve(
             [menu.options for menu in menus], weights, int(budget * eligible)
         ), "smallest error under the budget"
