@@ -19,7 +19,7 @@ from monarch_fx.costs.shipped import SHIPPED
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError, MonarchWarning
 from monarch_fx.planning import Option, decide, grids, solver
 from monarch_fx.planning.options import shapes
-from monarch_fx.planning.solver import pareto, solve
+from monarch_fx.planning.solver import fastest_alike, pareto, solve
 from monarch_fx.records import Call, Candidate, Decision
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
@@ -165,6 +165,12 @@ class TestSolver:
     def test_of_equal_options_the_fastest_stays(self) -> None:
         slow, fast = Option(None, 0.5, 2.0, 10), Option(None, 0.5, 1.0, 10)
         assert pareto([slow, fast]) == [fast]
+
+    def test_of_options_with_about_the_same_error_the_fastest_is_taken(self) -> None:
+        chosen = Option(None, 0.5, 2.0, 10)
+        faster, bigger, worse = Option(None, 0.505, 1.0, 10), Option(None, 0.5, 0.5, 11), Option(None, 0.52, 0.5, 9)
+        assert fastest_alike([bigger, chosen, worse, faster], chosen) == faster
+        assert fastest_alike([bigger, chosen, worse], chosen) == chosen
 
     @settings(max_examples=150, deadline=None)
     @given(

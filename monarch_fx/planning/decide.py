@@ -12,7 +12,7 @@ from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, break_even_tokens, dense_seconds, monarch_seconds
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
 from monarch_fx.planning.options import Option, is_forced, shapes
-from monarch_fx.planning.solver import pareto, solve
+from monarch_fx.planning.solver import fastest_alike, pareto, solve
 from monarch_fx.records import Candidate, Decision
 from monarch_fx.structure import MonarchShape
 
@@ -76,8 +76,8 @@ def decide(
     """Chooses dense or one structure for every candidate.
 
     The sum of relative squared errors, each weighted by its product's parameters times calls (its share of the work),
-    is made smallest under the budget; no structure is chosen that is predicted slower than dense, where
-    ``config.require_speedup``. A structure that the user forces (a grid with a rank, or without a budget) is taken
+    is made smallest under the budget; of structures with about the same error the fastest is taken, and none that is
+    predicted slower than dense, where ``config.require_speedup``. A structure that the user forces (a grid with a rank, or without a budget) is taken
     whatever it costs.
 
     Args:
@@ -141,9 +141,9 @@ def _within(budget: float, menus: Sequence[Menu], strict: bool) -> tuple[list[Op
     reached = sum(option.params for option in smallest)
     if reached <= budget * eligible:
         weights = [len(menu.candidate.calls) * menu.candidate.params for menu in menus]
-        return solve(
-            [menu.options for menu in menus], weights, int(budget * eligible)
-        ), "smallest error under the budget"
+        best = solve([menu.options for menu in menus], weights, int(budget * eligible))
+        chosen = [fastest_alike(menu.options, option) for menu, option in zip(menus, best, strict=True)]
+        return chosen, "smallest error under the budget"
     message = (
         f"The budget {budget:g} can't be reached, {reached / eligible:.3f} is the closest. In the way: "
         f"{_in_the_way(budget, menus, smallest)}."

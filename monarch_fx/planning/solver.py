@@ -14,6 +14,7 @@ from monarch_fx.planning.options import Option
 
 RELATIVE_GAP = 1e-4  # of the sum of errors
 TIME_LIMIT_S = 20.0
+ALIKE = 0.02  # squared errors that differ by less count as equal
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:
@@ -44,9 +45,7 @@ def solve(options: Sequence[Sequence[Option]], weights: Sequence[float], most_pa
     flat = [option for front in fronts for option in front]
     owner = np.repeat(np.arange(len(fronts)), [len(front) for front in fronts])
     cost = np.array([option.error2 for option in flat]) * np.asarray(weights, dtype=float)[owner]
-    share = (
-        np.array([option.params for option in flat]) / most_params
-    )  # about 1 in sum: good for the solver's tolerances
+    share = np.array([option.params for option in flat]) / most_params  # about 1 in sum, for the solver's tolerances
     ones = np.ones(len(flat))
     one_each = scipy.sparse.csr_array((ones, (owner, np.arange(len(flat)))), shape=(len(fronts), len(flat)))
     result = scipy.optimize.milp(
@@ -73,3 +72,12 @@ def solve(options: Sequence[Sequence[Option]], weights: Sequence[float], most_pa
         )
     ends = np.cumsum([len(front) for front in fronts])[:-1]
     return [front[int(np.argmax(x))] for front, x in zip(fronts, np.split(result.x, ends), strict=True)]
+
+
+def fastest_alike(options: Sequence[Option], chosen: Option) -> Option:
+    """The fastest option with no more parameters than ``chosen`` and about its error.
+
+    Grids are often closer to each other than the estimate of the error is to what the model will lose.
+    """
+    alike = (o for o in options if o.params <= chosen.params and o.error2 <= (1 + ALIKE) * chosen.error2)
+    return min(alike, key=lambda o: (o.time_s, o.error2))
