@@ -77,8 +77,8 @@ def decide(
 
     The sum of relative squared errors, each weighted by its product's parameters times calls (its share of the work),
     is made smallest under the budget; of structures with about the same error the fastest is taken, and none that is
-    predicted slower than dense, where ``config.require_speedup``. A structure that the user forces (a grid with a rank, or without a budget) is taken
-    whatever it costs.
+    predicted slower than dense, where ``config.require_speedup``. A structure that the user forces (a grid with a
+    rank, or without a budget) is taken whatever it costs.
 
     Args:
         candidates: The eligible products.
