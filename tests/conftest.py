@@ -16,6 +16,9 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit the folder from t
 
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
+
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" not in os.environ:

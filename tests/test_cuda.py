@@ -41,3 +41,73 @@ def test_device_profile_is_found_and_measured() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(4096, 4096)).cuda()
     profile = mfx.measure_device("cuda")
     assert mfx.plan(model, budget=0.5).device == profile.name
+
+
+SHAPES = [(256, 512, 2, 4, 48), (256, 512, 4, 1, 32), (300, 500, 1, 4, 40), (250, 333, 4, 3, 20)]
+
+
+def exact_and_scale(x: torch.Tensor, layer: mfx.MonarchLinear) -> tuple[torch.Tensor, torch.Tensor]:
+    """The float64 result, and the sum of the magnitudes that were added up."""
+    size = {"in_features": layer.in_features, "out_features": layer.out_features}
+    R, L, bias = layer.weight.R.double(), layer.weight.L.double(), layer.bias.double()
+    return mfx.Monarch(R, L, **size)(x) + bias, mfx.Monarch(R.abs(), L.abs(), **size)(x.abs()) + bias.abs()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 16, 63, 200, 4096])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_for_every_number_of_tokens(shape: tuple[int, ...], tokens: int) -> None:
+    n_in, n_out, *grid, rank = shape
+    layer = mfx.MonarchLinear(n_in, n_out, tuple(grid), rank, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, n_in, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    exact, scale = exact_and_scale(x.double(), layer)
+    assert ((y.double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
+
+    wide = mfx.MonarchLinear(n_in, n_out, tuple(grid), rank, device="cuda", dtype=torch.float64)
+    wide.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    leaf = x.detach().double().requires_grad_()
+    wide(leaf).backward(grad.double())
+    pairs = [(x.grad, leaf.grad), (layer.weight.R.grad, wide.weight.R.grad), (layer.weight.L.grad, wide.weight.L.grad)]
+    for ours, right in pairs:  # a few roundings to 8 bits, averaged over the tensor
+        assert (ours.double() - right).norm() <= 4 * torch.finfo(torch.bfloat16).eps * right.norm()
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_compiled_once_for_all_numbers_of_tokens() -> None:
+    layer = mfx.MonarchLinear(256, 512, nblocks=4, device="cuda", dtype=torch.bfloat16)
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(module)
+        return torch._inductor.compile(module, inputs)
+
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        for tokens in (2, 40, 400, 3000):
+            x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+            exact, scale = exact_and_scale(x.double(), layer)
+            assert ((compiled(x).double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
+    assert len(graphs) == 1
+
+
+def test_autocast_and_second_order() -> None:
+    layer = mfx.MonarchLinear(128, 128, nblocks=2, device="cuda")
+    x = torch.randn(300, 128, device="cuda", requires_grad=True)
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    exact, scale = exact_and_scale(x.double(), layer)
+    assert ((y.double() - exact).abs() <= 8 * torch.finfo(torch.bfloat16).eps * scale).all()
+    (first,) = torch.autograd.grad(y.float().square().sum(), x, create_graph=True)
+    first.square().sum().backward()
+    assert x.grad is not None
+    assert torch.isfinite(x.grad).all()
+
+
+def test_the_same_bits_twice() -> None:
+    layer = mfx.MonarchLinear(1024, 1024, nblocks=4, device="cuda", dtype=torch.bfloat16)
+    for tokens in (1, 200, 8192):
+        x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
+        assert torch.equal(layer(x), layer(x))

@@ -10,13 +10,21 @@ import torch.compiler.config
 from torch import Tensor, fx
 
 from monarch_fx.errors import StructureError
-from monarch_fx.kernels import grouped, reference
+from monarch_fx.kernels import gpu, grouped, reference
+
+
+def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
+    if gpu.serves(x, R):
+        y = gpu.products(reference.padded(x, R.shape[0] * R.shape[3]), R, L)
+        return reference.finished(y, bias, out_features)
+    return reference.monarch_bmm(x, R, L, bias, out_features=out_features)
+
 
 # Composite: one node in traces and exports, while autograd, functorch, autocast and Inductor see the ATen ops inside.
 _LIBRARY = torch.library.Library("monarch_fx", "FRAGMENT")
 _LIBRARY.define("monarch_bmm(Tensor x, Tensor R, Tensor L, Tensor? bias=None, *, SymInt? out_features=None) -> Tensor")
 _LIBRARY.define("monarch_grouped_mm(Tensor x, Tensor R, Tensor L, Tensor offs, *, SymInt? out_features=None) -> Tensor")
-_LIBRARY.impl("monarch_bmm", reference.monarch_bmm, "CompositeImplicitAutograd")
+_LIBRARY.impl("monarch_bmm", _product, "CompositeImplicitAutograd")
 _LIBRARY.impl("monarch_grouped_mm", grouped.monarch_grouped_mm, "CompositeImplicitAutograd")
 
 
