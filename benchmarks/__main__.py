@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 import benchmarks.cpu
+import benchmarks.gpu
 import benchmarks.planning  # noqa: F401  (registers its benchmarks)
 from benchmarks.registry import BENCHMARKS, Benchmark, Table
 
@@ -60,6 +61,7 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
     }
 
 

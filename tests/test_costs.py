@@ -300,7 +300,13 @@ class TestMeasure:
     def quick(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         """Few products, one round, and no judgement of their times: other tests run beside this one."""
         bench = timing.Workbench(
-            "float32", sizes=((64, 64), (128, 256)), tokens=(1, 64), peak_size=64, pool_bytes=2**20, tile=1
+            "float32",
+            sizes=((64, 64), (128, 256)),
+            tokens=(1, 64),
+            peak_size=64,
+            pool_bytes=2**20,
+            tile=1,
+            kernels=False,
         )
         monkeypatch.setitem(timing.WORKBENCHES, "cpu", bench)
         monkeypatch.setattr(timing, "SLICE_S", 0.002)
@@ -398,4 +404,12 @@ class TestMeasure:
         cases = timing.products(timing.WORKBENCHES["cpu"])
         times = np.exp(np.random.default_rng(0).normal(-8, 3, len(cases)))
         with pytest.raises(DeviceProfileError, match=r"median error \d+%. Was the machine busy"):
-            fit.fit_profile(cases, times, name="cpu", dtype="float32", relative_peaks={"float32": 1.0}, tile=1, units=1)
+            fit.fit_profile(
+                cases,
+                times,
+                name="cpu",
+                dtype="float32",
+                relative_peaks={"float32": 1.0},
+                tile=1,
+                units=1,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ def fit_profile(
     """
 
     def profile(constants: NDArray[np.float64], source: str = "being fitted") -> DeviceProfile:
-        peak, bandwidth, copy, launch_s, fill = np.exp(constants[:5]).tolist()
+        peak, bandwidth, copy, launch_s, fill, efficiency = np.exp(constants[:6]).tolist()
         return DeviceProfile(
             name=name,
             source=source,
@@ -51,22 +52,24 @@ def fit_profile(
             bandwidth_bytes_per_s=bandwidth,
             copy_bytes_per_s=copy,
             launch_s=launch_s,
-            overlap=float(constants[5]),
+            overlap=float(constants[6]),
             tile=tile,
             units=units,
             fill=fill,
+            kernel_efficiency=efficiency if any(case.kernels for case in cases) else 0.0,
         )
 
     def residuals(constants: NDArray[np.float64]) -> NDArray[np.float64]:
         made = profile(constants)
         return np.log([predicted(made, case, dtype) for case in cases]) - np.log(times)
 
-    # the roofs that the fastest product shows, a launch as long as half the shortest one, little to fill, half overlap
+    # the roofs that the fastest product shows, a launch as long as half the shortest one, little to fill, own kernels
+    # as fast as others, half overlap
     flops = max(
         2 * c.tokens * c.in_features * c.out_features / t for c, t in zip(cases, times, strict=True) if not c.shape
     )
-    start = np.append(np.log([flops, flops / 10, flops / 10, times.min() / 2, 10.0]), 0.5)
-    reach = np.append(np.full(5, np.log(1e3)), 0.5)
+    start = np.append(np.log([flops, flops / 10, flops / 10, times.min() / 2, 10.0, 1.0]), 0.5)
+    reach = np.append(np.full(6, np.log(1e3)), 0.5)
     # soft_l1: a few products that a library runs unusually badly don't bend the rest
     fitted = scipy.optimize.least_squares(
         residuals, start, bounds=(start - reach, start + reach), loss="soft_l1", f_scale=0.1
@@ -85,4 +88,5 @@ def fit_profile(
 def predicted(profile: DeviceProfile, case: Case, dtype: str) -> float:
     if case.shape is None:
         return float(dense_seconds(profile, case.tokens, case.in_features, case.out_features, dtype=dtype))
+    profile = profile if case.kernels else dataclasses.replace(profile, kernel_efficiency=0.0)
     return float(monarch_seconds(profile, case.tokens, case.shape, dtype=dtype))

@@ -3,8 +3,7 @@
 A product is a list of kernels. Expressions are in the symbols of this module: sizes of the product (``tokens`` rows for
 each of ``batch`` equal matrices), the bytes of its dtype, and the constants of a ``DeviceProfile``.
 
-The Monarch product is the reference lowering: two ``bmm`` with a transpose of whole blocks between them, and one after
-them where there is more than one row of blocks. A transpose that only renames dimensions costs nothing.
+A Monarch product has several lowerings, see ``monarch``. A transpose that only renames dimensions costs nothing.
 """
 
 from __future__ import annotations
@@ -22,29 +21,36 @@ SIZES = sympy.symbols(
 tokens, in_features, out_features, nblocks_out, nblocks_in, rank, batch, dtype_bytes = SIZES
 
 DEVICE = sympy.symbols(
-    "peak_flops bandwidth_bytes_per_s copy_bytes_per_s launch_s overlap tile units fill", nonnegative=True
+    "peak_flops bandwidth_bytes_per_s copy_bytes_per_s launch_s overlap tile units fill kernel_efficiency",
+    nonnegative=True,
 )
-peak_flops, bandwidth_bytes_per_s, copy_bytes_per_s, launch_s, overlap, tile, units, fill = DEVICE
+peak_flops, bandwidth_bytes_per_s, copy_bytes_per_s, launch_s, overlap, tile, units, fill, kernel_efficiency = DEVICE
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Product:
-    """``batch`` products (m, k) @ (k, n) in one launch."""
+    """``batch`` products (m, k) @ (k, n) in one launch, ``launches`` times; ``own``: by a kernel of this library."""
 
     batch: Expr
     m: Expr
     k: Expr
     n: Expr
+    launches: Expr = sympy.S.One
+    own: bool = False
 
     @property
     def flops(self) -> Expr:
         """Multiplications and additions, one each for every (batch, m, k, n)."""
-        return 2 * self.batch * self.m * self.k * self.n
+        return 2 * self.launches * self.batch * self.m * self.k * self.n
 
     @property
     def bytes_moved(self) -> Expr:
         """Both operands read once, the result written once."""
+        return self.launches * self._bytes_moved
+
+    @property
+    def _bytes_moved(self) -> Expr:
         return dtype_bytes * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
 
     @property
@@ -52,17 +58,24 @@ class Product:
         """Compute, traffic, as far as they don't overlap, and one launch.
 
         ``units`` tiles of ``tile x tile`` results are computed at once, so the device is idle in the last, partly
-        filled wave; each tile waits for ``fill`` inner steps before its pipeline runs.
+        filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. The library's own kernels reach
+        ``kernel_efficiency`` of the peak, and overlap nothing.
         """
         waves = _ceil_div(self.batch * _ceil_div(self.m, tile) * _ceil_div(self.n, tile), units)
-        compute_s = waves * units * 2 * tile**2 * (self.k + fill) / peak_flops
-        traffic_s = self.bytes_moved / bandwidth_bytes_per_s
-        return Max(compute_s, traffic_s) + (1 - overlap) * Min(compute_s, traffic_s) + launch_s
+        peak, hidden = (peak_flops * kernel_efficiency, 0) if self.own else (peak_flops, overlap)
+        compute_s = waves * units * 2 * tile**2 * (self.k + fill) / peak
+        traffic_s = self._bytes_moved / bandwidth_bytes_per_s
+        once = Max(compute_s, traffic_s) + (1 - hidden) * Min(compute_s, traffic_s) + launch_s
+        return self.launches * once
 
     @property
     def backward(self) -> tuple[Product, ...]:
         """The gradients of both operands."""
-        return Product(self.batch, self.m, self.n, self.k), Product(self.batch, self.k, self.m, self.n)
+        batch, m, k, n = self.batch, self.m, self.k, self.n
+        return (
+            Product(batch, m, n, k, self.launches, self.own),  # the same kernels, with the factors swapped
+            Product(self.launches * batch, k, m, n),
+        )
 
 
 @dataclass(frozen=True)
@@ -99,12 +112,29 @@ def dense(workload: str = "inference") -> tuple[Kernel, ...]:
     return _with_backward([Product(batch, tokens, in_features, out_features)], workload)
 
 
-def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
-    """Kernels of ``y_j = sum_k L[j, k] @ (R[j, k] @ x_k)`` (Dao et al. 2022, section 3.1, with free rank and grid)."""
+LOWERINGS = ("copies", "strided", "stored transposed", "two kernels")
+
+
+def monarch(workload: str = "inference", lowering: str = "copies") -> tuple[Kernel, ...]:
+    """Kernels of ``y_j = sum_k L[j, k] @ (R[j, k] @ x_k)`` (Dao et al. 2022, section 3.1, with free rank and grid).
+
+    Args:
+        workload: ``"inference"`` or ``"training"``.
+        lowering: ``"copies"``: two ``bmm`` with a transpose of whole blocks between them, and one after them where
+            there is more than one row of blocks. Without copies, on a GPU: ``"strided"``, where the first product is
+            one call for every row of blocks; ``"stored transposed"``, where it is a kernel of this library;
+            ``"two kernels"``, where both are.
+    """
     p = _ceil_div(in_features, nblocks_in)
     s = _ceil_div(out_features, nblocks_out)
     padded_in = nblocks_in * p
     width = nblocks_out * nblocks_in * rank
+    if lowering != "copies":
+        first = Product(nblocks_in, tokens, p, nblocks_out * rank, own=True)
+        if lowering == "strided":
+            first = Product(nblocks_in, tokens, p, rank, launches=nblocks_out)
+        second = Product(nblocks_out, tokens, nblocks_in * rank, s, own=lowering == "two kernels")
+        return _with_backward([first, second], workload)
     forward: list[Kernel] = [
         Copy(batch * tokens * padded_in, needed=_at_least_one(padded_in - in_features)),  # zeros behind x
         Product(batch * nblocks_in, tokens, p, nblocks_out * rank),

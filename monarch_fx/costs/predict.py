@@ -58,7 +58,7 @@ def monarch_seconds(
     dtype: str = "float32",
     workload: str = "inference",
 ) -> Seconds:
-    """Predicted seconds of one Monarch product in its reference lowering; arguments as for ``dense_seconds``.
+    """Predicted seconds of one Monarch product in the best of its lowerings; arguments as for ``dense_seconds``.
 
     Raises:
         DeviceProfileError: The profile doesn't know ``dtype``.
@@ -66,7 +66,11 @@ def monarch_seconds(
     constants = _constants(profile, dtype)
     grid = (shape.nblocks_out, shape.nblocks_in, shape.rank)
     sizes = (tokens, shape.in_features, shape.out_features, *grid, batch, DTYPE_BYTES[dtype])
-    return _function("monarch", workload)(*sizes, *constants)
+    grids = batch == 1 and shape.nblocks_out * shape.nblocks_in > 1
+    kernels = profile.kernel_efficiency > 0 and DTYPE_BYTES[dtype] == 2 and grids
+    lowerings = formulas.LOWERINGS[1:] if kernels else formulas.LOWERINGS[:1]
+    times = [_function("monarch", workload, lowering)(*sizes, *constants) for lowering in lowerings]
+    return functools.reduce(np.minimum, times)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -107,11 +111,12 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
         profile.tile,
         profile.units,
         profile.fill,
+        profile.kernel_efficiency,
     )
 
 
 @functools.cache
-def _function(structure: str, workload: str) -> Callable[..., Seconds]:
+def _function(structure: str, workload: str, lowering: str = "copies") -> Callable[..., Seconds]:
     """The seconds of a structure as a NumPy function of ``formulas.SIZES`` and ``formulas.DEVICE``."""
-    kernels = formulas.dense(workload) if structure == "dense" else formulas.monarch(workload)
+    kernels = formulas.dense(workload) if structure == "dense" else formulas.monarch(workload, lowering)
     return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules="numpy", cse=True)

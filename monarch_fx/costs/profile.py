@@ -29,6 +29,8 @@ class DeviceProfile:
         tile: Rows and columns of the results that one unit computes together; 1 where sizes aren't quantised.
         units: Tiles computed at once (streaming multiprocessors of a GPU).
         fill: Inner steps that a tile loses before its pipeline runs.
+        kernel_efficiency: Speed of this library's own kernels over ``peak_flops``, for half-precision products; 0 where
+            they don't run (CPUs).
 
     Raises:
         DeviceProfileError: A number is not finite, negative, or zero where it must not be.
@@ -44,6 +46,7 @@ class DeviceProfile:
     tile: int = 1
     units: int = 1
     fill: float = 0.0
+    kernel_efficiency: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -62,7 +65,7 @@ class DeviceProfile:
             self._check(f"peak_flops[{dtype!r}]", value, positive=True)
         for name in ("bandwidth_bytes_per_s", "copy_bytes_per_s", "tile", "units"):
             self._check(name, getattr(self, name), positive=True)
-        for name in ("launch_s", "overlap", "fill"):
+        for name in ("launch_s", "overlap", "fill", "kernel_efficiency"):
             self._check(name, getattr(self, name), positive=False)
         if self.overlap > 1:
             raise DeviceProfileError(f"Profile {self.name!r}: overlap must be in [0, 1], got {self.overlap!r}.")

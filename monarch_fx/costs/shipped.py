@@ -8,6 +8,7 @@ _LAUNCH_S = 2.5e-6
 _OVERLAP = 0.6
 _TILE = 64
 _FILL = 65
+_KERNELS = 0.85
 
 SHIPPED = {
     profile.name: profile
@@ -39,6 +40,7 @@ SHIPPED = {
             tile=_TILE,
             units=108,  # SMs
             fill=_FILL,
+            kernel_efficiency=_KERNELS,
         ),
         DeviceProfile(
             name="h100",
@@ -55,6 +57,7 @@ SHIPPED = {
             tile=_TILE,
             units=132,
             fill=_FILL,
+            kernel_efficiency=_KERNELS,
         ),
         DeviceProfile(
             name="h200",
@@ -70,6 +73,7 @@ SHIPPED = {
             tile=_TILE,
             units=132,
             fill=_FILL,
+            kernel_efficiency=_KERNELS,
         ),
         DeviceProfile(
             name="rtx4090",
@@ -85,6 +89,7 @@ SHIPPED = {
             tile=_TILE,
             units=128,
             fill=_FILL,
+            kernel_efficiency=_KERNELS,
         ),
     )
 }

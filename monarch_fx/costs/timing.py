@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from monarch_fx.costs.profile import DTYPE_BYTES
+from monarch_fx.kernels import gpu
 from monarch_fx.structure import MonarchShape
 
 Run = Callable[[], object]
@@ -34,6 +35,7 @@ class Workbench:
     peak_size: int  # n of the n x n x n product that compares the dtypes
     pool_bytes: int  # weights are taken from here in turn, so that they don't stay in a cache
     tile: int
+    kernels: bool  # whether this library's own are timed, too
 
 
 WORKBENCHES = {
@@ -44,6 +46,7 @@ WORKBENCHES = {
         peak_size=512,
         pool_bytes=96 * 2**20,
         tile=1,
+        kernels=False,
     ),
     "cuda": Workbench(
         dtype="bfloat16",
@@ -52,18 +55,20 @@ WORKBENCHES = {
         peak_size=8192,
         pool_bytes=512 * 2**20,
         tile=64,
+        kernels=True,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One product that is timed; dense where it has no shape."""
+    """One product that is timed; dense where it has no shape; by this library's kernels, or two ``bmm`` with copies."""
 
     tokens: int
     in_features: int
     out_features: int
     shape: MonarchShape | None
+    kernels: bool = False
 
 
 @torch.no_grad()
@@ -107,7 +112,10 @@ def products(bench: Workbench) -> list[Case]:
         for nblocks_out, nblocks_in in GRIDS:
             one = MonarchShape(n_in, n_out, nblocks_out, nblocks_in, rank=1)
             rank = max(1, n_in * n_out // 2 // one.params // 16 * 16)
-            cases.append(Case(tokens, n_in, n_out, MonarchShape(n_in, n_out, nblocks_out, nblocks_in, rank)))
+            shape = MonarchShape(n_in, n_out, nblocks_out, nblocks_in, rank)
+            cases.append(Case(tokens, n_in, n_out, shape))
+            if bench.kernels and nblocks_out * nblocks_in > 1:
+                cases.append(Case(tokens, n_in, n_out, shape, kernels=True))
     return cases
 
 
@@ -121,12 +129,15 @@ def _runs(case: Case, pool: Tensor) -> list[Run]:
         return [functools.partial(torch.mm, x, w.mT, out=y) for w in weights]
     shape = case.shape
     n_out, n_in, rank, p, s = shape.nblocks_out, shape.nblocks_in, shape.rank, shape.p, shape.s
-    runs: list[Run] = []
     run = two_bmm(x, y, shape)
+    runs: list[Run] = []
     for factors in _slices(pool, shape.params):
-        R = factors[: n_in * n_out * rank * p].view(n_in, n_out * rank, p)
-        L = factors[n_in * n_out * rank * p :].view(n_out, n_in * rank, s)
-        runs.append(functools.partial(run, R, L))
+        R = factors[: n_in * n_out * rank * p].view(n_in, n_out, rank, p)
+        L = factors[n_in * n_out * rank * p :].view(n_out, n_in, rank, s)
+        if case.kernels:
+            runs.append(functools.partial(gpu.two_products, x, R, L))
+        else:
+            runs.append(functools.partial(run, R.flatten(1, 2), L.flatten(1, 2)))
     return runs
 
 
