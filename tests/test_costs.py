@@ -295,6 +295,42 @@ class TestResolve:
             resolve("auto", "mps")
 
 
+class TestLoweringsOfAGpu:
+    """Where this library's kernels run, no product is copied."""
+
+    shape = MonarchShape(4096, 14336, 2, 2, 784)
+
+    @pytest.mark.parametrize("first", ["strided", "own"])
+    @pytest.mark.parametrize("second", ["library", "own"])
+    def test_the_same_work_without_copies(self, first: str, second: str) -> None:
+        kernels = formulas.without_copies("inference", first, second)
+        assert not any(isinstance(kernel, formulas.Copy) for kernel in kernels)
+        assert count(formulas.flops(kernels), self.shape, tokens=7) == 2 * 7 * self.shape.params
+        training = formulas.flops(formulas.without_copies("training", first, second))
+        assert count(training, self.shape, tokens=7) == 3 * 2 * 7 * self.shape.params
+
+    def test_they_are_planned_for_half_precision_grids_alone(self) -> None:
+        h200 = SHIPPED["h200"]
+        plain = dataclasses.replace(h200, kernel_efficiency=0.0)
+        for tokens in (200, 4096):
+            ours = monarch_seconds(h200, tokens, self.shape, dtype="bfloat16")
+            assert ours < monarch_seconds(plain, tokens, self.shape, dtype="bfloat16")
+        for shape, options in (
+            (self.shape, {"dtype": "float32"}),
+            (self.shape, {"dtype": "bfloat16", "batch": 8}),
+            (MonarchShape(4096, 14336, 1, 1, 1584), {"dtype": "bfloat16"}),
+        ):
+            assert monarch_seconds(h200, 64, shape, **options) == monarch_seconds(plain, 64, shape, **options)
+
+    @pytest.mark.parametrize("grid", [(2, 2), (4, 1)])
+    def test_an_array_of_tokens_gives_each_its_own_lowering(self, grid: tuple[int, int]) -> None:
+        shape = MonarchShape(4096, 4096, *grid, 256)
+        tokens = np.array([1, 128, 129, 1024, 16384])
+        together = monarch_seconds(SHIPPED["h200"], tokens, shape, dtype="bfloat16")
+        alone = [monarch_seconds(SHIPPED["h200"], int(t), shape, dtype="bfloat16") for t in tokens]
+        np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
 class TestMeasure:
     @pytest.fixture
     def quick(self, cache: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:

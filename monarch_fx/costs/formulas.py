@@ -59,11 +59,14 @@ class Product:
 
         ``units`` tiles of ``tile x tile`` results are computed at once, so the device is idle in the last, partly
         filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. The library's own kernels reach
-        ``kernel_efficiency`` of the peak, and overlap nothing.
+        ``kernel_efficiency`` of the peak, overlap half as much, and have tiles twice as wide for more than 512 rows.
         """
-        waves = _ceil_div(self.batch * _ceil_div(self.m, tile) * _ceil_div(self.n, tile), units)
-        peak, hidden = (peak_flops * kernel_efficiency, 0) if self.own else (peak_flops, overlap)
-        compute_s = waves * units * 2 * tile**2 * (self.k + fill) / peak
+        side, peak, hidden = tile, peak_flops, overlap
+        if self.own:
+            side = tile * (1 + _at_least_one(Max(self.m - 512, 0)))
+            peak, hidden = peak_flops * kernel_efficiency, overlap / 2
+        waves = _ceil_div(self.batch * _ceil_div(self.m, side) * _ceil_div(self.n, side), units)
+        compute_s = waves * units * 2 * side**2 * (self.k + fill) / peak
         traffic_s = self._bytes_moved / bandwidth_bytes_per_s
         once = Max(compute_s, traffic_s) + (1 - hidden) * Min(compute_s, traffic_s) + launch_s
         return self.launches * once
@@ -112,29 +115,16 @@ def dense(workload: str = "inference") -> tuple[Kernel, ...]:
     return _with_backward([Product(batch, tokens, in_features, out_features)], workload)
 
 
-LOWERINGS = ("copies", "strided", "stored transposed", "two kernels")
-
-
-def monarch(workload: str = "inference", lowering: str = "copies") -> tuple[Kernel, ...]:
+def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
     """Kernels of ``y_j = sum_k L[j, k] @ (R[j, k] @ x_k)`` (Dao et al. 2022, section 3.1, with free rank and grid).
 
-    Args:
-        workload: ``"inference"`` or ``"training"``.
-        lowering: ``"copies"``: two ``bmm`` with a transpose of whole blocks between them, and one after them where
-            there is more than one row of blocks. Without copies, on a GPU: ``"strided"``, where the first product is
-            one call for every row of blocks; ``"stored transposed"``, where it is a kernel of this library;
-            ``"two kernels"``, where both are.
+    Two ``bmm`` with a transpose of whole blocks between them, and one after them where there is more than one row of
+    blocks.
     """
     p = _ceil_div(in_features, nblocks_in)
     s = _ceil_div(out_features, nblocks_out)
     padded_in = nblocks_in * p
     width = nblocks_out * nblocks_in * rank
-    if lowering != "copies":
-        first = Product(nblocks_in, tokens, p, nblocks_out * rank, own=True)
-        if lowering == "strided":
-            first = Product(nblocks_in, tokens, p, rank, launches=nblocks_out)
-        second = Product(nblocks_out, tokens, nblocks_in * rank, s, own=lowering == "two kernels")
-        return _with_backward([first, second], workload)
     forward: list[Kernel] = [
         Copy(batch * tokens * padded_in, needed=_at_least_one(padded_in - in_features)),  # zeros behind x
         Product(batch * nblocks_in, tokens, p, nblocks_out * rank),
@@ -143,6 +133,27 @@ def monarch(workload: str = "inference", lowering: str = "copies") -> tuple[Kern
         Copy(batch * tokens * nblocks_out * s, needed=_several(nblocks_out) * _several(tokens)),  # -> (tokens, j, s)
     ]
     return _with_backward(forward, workload)
+
+
+def without_copies(workload: str, first: str, second: str) -> tuple[Kernel, ...]:
+    """Kernels of the same product where each one writes what the next one reads, as on a GPU.
+
+    Args:
+        workload: ``"inference"`` or ``"training"``.
+        first: ``"joined"``: one call, for a single column of blocks. ``"strided"``: one call for every row of blocks.
+            ``"own"``: a kernel of this library that stores block-transposed.
+        second: ``"library"`` or ``"own"``.
+    """
+    p = _ceil_div(in_features, nblocks_in)
+    s = _ceil_div(out_features, nblocks_out)
+    firsts = {
+        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank),
+        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out),
+        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True),
+    }
+    return _with_backward(
+        [firsts[first], Product(nblocks_out, tokens, nblocks_in * rank, s, own=second == "own")], workload
+    )
 
 
 def flops(kernels: Iterable[Kernel]) -> Expr:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from monarch_fx.costs import formulas
 from monarch_fx.costs.formulas import DEVICE, SIZES
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
+from monarch_fx.kernels.gpu import CUBLAS_FLOPS, FEW_TOKENS
 from monarch_fx.structure import MonarchShape
 
 Tokens = int | NDArray[np.int64]
@@ -58,7 +59,7 @@ def monarch_seconds(
     dtype: str = "float32",
     workload: str = "inference",
 ) -> Seconds:
-    """Predicted seconds of one Monarch product in the best of its lowerings; arguments as for ``dense_seconds``.
+    """Predicted seconds of one Monarch product, as the operator runs it; arguments as for ``dense_seconds``.
 
     Raises:
         DeviceProfileError: The profile doesn't know ``dtype``.
@@ -66,11 +67,20 @@ def monarch_seconds(
     constants = _constants(profile, dtype)
     grid = (shape.nblocks_out, shape.nblocks_in, shape.rank)
     sizes = (tokens, shape.in_features, shape.out_features, *grid, batch, DTYPE_BYTES[dtype])
-    grids = batch == 1 and shape.nblocks_out * shape.nblocks_in > 1
-    kernels = profile.kernel_efficiency > 0 and DTYPE_BYTES[dtype] == 2 and grids
-    lowerings = formulas.LOWERINGS[1:] if kernels else formulas.LOWERINGS[:1]
-    times = [_function("monarch", workload, lowering)(*sizes, *constants) for lowering in lowerings]
-    return functools.reduce(np.minimum, times)
+    a_grid = batch == 1 and shape.nblocks_out * shape.nblocks_in > 1
+    if not (a_grid and profile.kernel_efficiency > 0 and DTYPE_BYTES[dtype] == 2):
+        return _function("monarch", workload)(*sizes, *constants)
+
+    def seconds(first: str, second: str) -> Seconds:
+        return _function("without_copies", workload, first, second)(*sizes, *constants)
+
+    def with_first(first: str) -> Seconds:
+        return np.where(np.asarray(tokens) <= FEW_TOKENS, seconds(first, "own"), seconds(first, "library"))
+
+    if shape.nblocks_in == 1:
+        return with_first("joined")
+    in_one_call = 2 * np.asarray(tokens) * shape.nblocks_in * shape.rank * shape.p
+    return np.where(in_one_call >= CUBLAS_FLOPS, with_first("strided"), with_first("own"))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,7 +126,7 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
 
 
 @functools.cache
-def _function(structure: str, workload: str, lowering: str = "copies") -> Callable[..., Seconds]:
+def _function(structure: str, workload: str, *lowering: str) -> Callable[..., Seconds]:
     """The seconds of a structure as a NumPy function of ``formulas.SIZES`` and ``formulas.DEVICE``."""
-    kernels = formulas.dense(workload) if structure == "dense" else formulas.monarch(workload, lowering)
+    kernels = getattr(formulas, structure)(workload, *lowering)
     return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules="numpy", cse=True)
