@@ -41,3 +41,17 @@ def fresh_dynamo() -> Iterator[None]:
     yield
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def gpt2() -> tuple[torch.nn.Module, torch.nn.Module, torch.Tensor]:
+    """A dense model, the same rewritten, and token ids."""
+    pytest.importorskip("transformers")
+    import zoo  # after TRITON_INTERPRET is set
+
+    import monarch_fx as mfx
+
+    torch.manual_seed(0)
+    model, inputs = zoo.gpt2()
+    model.eval()
+    return model, mfx.monarchify(model, config=zoo.HALF_GRID), inputs["input_ids"]

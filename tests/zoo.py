@@ -9,7 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import monarch_fx as mfx
+
 Built = tuple[nn.Module, Any]
+
+HALF_GRID = mfx.MonarchConfig(nblocks=2)
 
 _TOKENS = {"vocab_size": 99, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
 _SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -22,6 +26,10 @@ def _ids(tokens: int = 7) -> Tensor:
 
 def _images(size: int = 32) -> Tensor:
     return torch.randn(2, 3, size, size)
+
+
+def mlp(width: int = 64) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.LayerNorm(width))
 
 
 def gpt2() -> Built:

@@ -1,0 +1,115 @@
+"""What is planned, for which products, and how a plan is replayed."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from zoo import HALF_GRID, mlp
+
+import monarch_fx as mfx
+from monarch_fx import errors
+
+
+def test_plan_changes_nothing_and_is_replayed() -> None:
+    model = nn.Sequential(*[mlp(256) for _ in range(4)])
+    before = copy.deepcopy(model.state_dict())
+    plan = mfx.plan(model, budget=0.5, tokens=4096, device="cpu")
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert abs(plan.reached - 0.5) <= 0.02
+    rewritten = mfx.monarchify(model, plan=plan)
+    saved = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in rewritten.parameters())
+    assert saved == plan.eligible_params - plan.kept_params
+
+
+def test_plan_is_edited() -> None:
+    model = mlp()
+    plan = mfx.plan(model, config=HALF_GRID)
+    plan = plan.with_shape("0.weight").with_shape("2.weight", nblocks_out=4, nblocks_in=1, rank=8)
+    rewritten = mfx.monarchify(model, plan=plan)
+    assert isinstance(rewritten[0].weight, nn.Parameter)
+    assert str(rewritten[2].weight.monarch().shape) == "4x1 r8"
+
+
+def test_one_structure_everywhere() -> None:
+    config = mfx.MonarchConfig(nblocks_out=4, nblocks_in=1, rank=8)
+    rewritten = mfx.monarchify(mlp(), config=config)
+    shapes = {str(d.shape) for d in mfx.report(rewritten).plan.rewritten}
+    assert shapes == {"4x1 r8"}
+
+
+def test_include_and_exclude(gpt2: tuple) -> None:
+    model, _, _ = gpt2
+
+    def names(**patterns: object) -> set[str]:
+        plan = mfx.plan(model, config=HALF_GRID, **patterns)
+        return {d.candidate.name for d in plan.decisions}
+
+    assert names(include="*.mlp.c_fc") == {f"transformer.h.{i}.mlp.c_fc.weight" for i in range(2)}
+    assert names(include=re.compile(r"h\.0\.")) == {n for n in names() if ".h.0." in n}
+    assert names(include=lambda name, owner: owner.nf == 256) == names(include="*.mlp.c_fc")
+    assert names(include=["*c_fc*", "*c_attn*"], exclude="*h.1*") == {
+        "transformer.h.0.mlp.c_fc.weight",
+        "transformer.h.0.attn.c_attn.weight",
+    }
+
+
+def test_heads_stay_dense_by_default_and_say_so() -> None:
+    pytest.importorskip("transformers")
+    model, _inputs = zoo.llama()
+    plan = mfx.plan(model, config=HALF_GRID)
+    reasons = {d.name: d.reason for d in plan.declined}
+    assert "output head" in reasons["lm_head.weight"]
+    assert "lm_head.weight" in {d.candidate.name for d in mfx.plan(model, config=HALF_GRID, include="*").decisions}
+
+
+def test_tokens_are_scaled_from_the_inputs() -> None:
+    pytest.importorskip("transformers")
+    model, _ = zoo.t5()
+    plan = mfx.plan(model, config=HALF_GRID)
+    assert plan.tokens == ((4096, 1.0),)
+    assert "default" in plan.tokens_source
+    inputs = {"input_ids": torch.ones(2, 16, dtype=torch.long), "decoder_input_ids": torch.ones(2, 8, dtype=torch.long)}
+    plan = mfx.plan(model, config=HALF_GRID, example_inputs=inputs)
+    counts = {d.candidate.name: d.candidate.calls[0].count for d in plan.decisions}
+    assert counts["encoder.block.0.layer.0.SelfAttention.q.weight"] == 32
+    assert counts["decoder.block.0.layer.0.SelfAttention.q.weight"] == 16
+
+
+def test_computed_weights_are_declined() -> None:
+    model = mlp(32)
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    plan = mfx.plan(model, config=HALF_GRID, example_inputs=torch.randn(4, 32))
+    assert [d.candidate.name for d in plan.decisions] == ["2.weight"]
+    assert "computed at run time" in plan.declined[0].reason
+
+
+def test_meta_model_is_planned_only() -> None:
+    with torch.device("meta"):
+        model = mlp(1024)
+    plan = mfx.plan(model, budget=0.5, tokens=8192, device="cpu")
+    assert len(plan.rewritten) == 2
+    assert "prior" in plan.error_source
+    with pytest.raises(errors.MetaDeviceError, match="meta device"):
+        mfx.monarchify(model, budget=0.5)
+
+
+def test_print_graph_names_the_weights(gpt2: tuple, capsys: pytest.CaptureFixture) -> None:
+    _, rewritten, ids = gpt2
+    mfx.print_graph(rewritten, {"input_ids": ids})
+    lines = [line for line in capsys.readouterr().out.splitlines() if "= monarch_bmm(" in line]
+    assert len(lines) == 8
+    assert "transformer.h.0.attn.c_attn.weight" in lines[0]
+    assert "64 -> 192, grid 2x2, rank 16, 12,288 -> 8,192 parameters" in lines[0]
+
+
+def test_random_factors_keep_the_scale() -> None:
+    model = nn.Sequential(nn.Linear(512, 512))
+    rewritten = mfx.monarchify(model, config=mfx.MonarchConfig(nblocks=4), init="random")
+    dense = rewritten[0].weight.to_dense().detach()
+    # the standard deviation of 2^18 entries made of 2^16 factors is known to about a percent
+    assert float(dense.std() / model[0].weight.detach().std()) == pytest.approx(1.0, rel=0.03)
