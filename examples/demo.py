@@ -29,7 +29,7 @@ BUDGET = 0.5
 TOLERANCE = 0.02
 SENTENCES, TOKENS = 32, 64  # of one timed batch
 ROUNDS = 20
-GRIDS = (2, 4, 8)
+GRIDS = (2, 4)
 
 Tokenizer = Callable[..., BatchEncoding]
 

@@ -40,8 +40,18 @@ def test_nothing_eligible() -> None:
     with pytest.raises(errors.NoEligibleProductError):
         mfx.monarchify(nn.Sequential(nn.ReLU()), budget=0.5, example_inputs=torch.randn(3))
     rewritten = mfx.monarchify(mlp(), config=HALF_GRID)
-    with pytest.raises(errors.NoEligibleProductError, match="already a Monarch matrix"):
-        mfx.monarchify(rewritten, config=HALF_GRID, example_inputs=torch.randn(3, 64))
+    for example_inputs in (None, torch.randn(3, 64)):
+        with pytest.raises(errors.NoEligibleProductError, match="already a Monarch matrix"):
+            mfx.monarchify(rewritten, config=HALF_GRID, example_inputs=example_inputs)
+
+
+def test_the_rest_of_a_rewritten_model_is_rewritten() -> None:
+    model = mfx.monarchify(mlp(), config=HALF_GRID, exclude="2.*")
+    again = mfx.monarchify(model, config=HALF_GRID)
+    assert [d.candidate.name for d in mfx.report(again).plan.rewritten] == ["2.weight"]
+    assert [d.name for d in mfx.report(again).plan.declined] == ["0.weight"]
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(mfx.to_dense(again)(x), again(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("which", ["include", "exclude"])

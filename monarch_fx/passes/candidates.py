@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes.capture import Captured, value_of
 from monarch_fx.records import Call, Candidate, Declined
 from monarch_fx.rules import RULES, Product, Refusal, Static, op_name
@@ -311,7 +312,7 @@ def _decline(
 
 def _note_rewritten(node: fx.Node, captured: Captured, found: Found) -> None:
     factor = next((captured.parameters[a] for a in node.all_input_nodes if a in captured.parameters), None)
-    if factor is not None:
+    if factor is not None and value_of(node) is not None:
         R, L = (value_of(a).shape for a in node.args[1:3])
         owner = factor.rpartition(".")[0]
         if any(d.name == owner for d in found.declined):
@@ -360,8 +361,15 @@ def _unseen_layers(model: nn.Module, captured: Captured, found: Found) -> list[D
     """Matrices, embeddings aside, that the captured graphs never read."""
     mentioned = _mentioned(captured, found)
     seen = {id(p) for name, p in model.named_parameters(remove_duplicate=False) if name in mentioned}
+    noted = {d.name for d in found.declined}
     rows = []
     for path, module in model.named_modules():
+        if isinstance(module, MonarchWeight):
+            if path not in noted:
+                size = math.prod(module.shape[1:]), module.shape[0]
+                params = sum(factor.numel() for factor in module.parameters())
+                rows.append(Declined(path, "monarch_bmm", *size, params, 0, "already a Monarch matrix"))
+            continue
         for key, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen or parameter.ndim < 2:
                 continue
