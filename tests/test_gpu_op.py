@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 import monarch_fx as mfx
 from monarch_fx.kernels import gpu
@@ -40,6 +42,25 @@ def test_gradients_of_first_and_second_order(shape: tuple[int, ...]) -> None:
 
     assert torch.autograd.gradcheck(product, (x, R, L))
     assert torch.autograd.gradgradcheck(product, (x, R, L))
+    for frozen in ((x.detach(), R, L), (x, R.detach(), L), (x, R, L.detach())):
+        assert torch.autograd.gradgradcheck(product, frozen)
+
+
+def test_a_compiled_backward_pass_runs_the_op_again() -> None:
+    x, R, L = operands(*SHAPES[0])
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return make_boxed_func(module)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    y = torch.compile(lambda x, R, L: gpu.two_products(x, R, L)[0], backend=backend, fullgraph=True)(x, R, L)
+    y.square().sum().backward()
+    assert [sum("two_products" in target for target in graph) for graph in graphs] == [1, 1]
+    leaf = x.detach().requires_grad_()
+    mfx.Monarch(R.detach(), L.detach())(leaf).square().sum().backward()
+    torch.testing.assert_close(x.grad, leaf.grad, rtol=1e-12, atol=1e-12)
 
 
 # PyTorch 2.14: opcheck reads .grad of what it made

@@ -3,7 +3,8 @@
 A product is a list of kernels. Expressions are in the symbols of this module: sizes of the product (``tokens`` rows for
 each of ``batch`` equal matrices), the bytes of its dtype, and the constants of a ``DeviceProfile``.
 
-A Monarch product has several lowerings, see ``monarch``. A transpose that only renames dimensions costs nothing.
+A Monarch product runs with copies or without, see ``monarch`` and ``without_copies``. A transpose that only renames
+dimensions costs nothing.
 """
 
 from __future__ import annotations

@@ -107,7 +107,9 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, 
     to_x, to_R, to_L = ctx.needs_input_grad
     if torch.is_grad_enabled():  # a graph of the gradients is wanted: the intermediate must be in it
         y = reference.monarch_bmm(x, R, L)
-        return torch.autograd.grad(y, (x, R, L), grad, create_graph=True, allow_unused=True)
+        wanted = [operand for operand, needed in zip((x, R, L), ctx.needs_input_grad, strict=True) if needed]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
+        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
     grad_x = grad_R = grad_L = None
     if to_x or to_R:
         grad_x, grad_t = two_products(grad, L, R)  # grad_t (n_in, tokens, n_out * rank)
