@@ -75,6 +75,29 @@ class EinsumProduct(LeftProduct):
         return torch.einsum("bsd,ed->bse", x, self.weight)
 
 
+class OwnFactors(nn.Module):
+    """A model that calls the operator itself, beside a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.R = nn.Parameter(torch.randn(2, 2, 4, 32))
+        self.L = nn.Parameter(torch.randn(2, 2, 4, 32))
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(mfx.monarch_bmm(x, self.R, self.L))
+
+
+def test_calls_of_the_operator_that_are_the_users_stay() -> None:
+    x = torch.randn(5, 64)
+    module = torch.export.export(OwnFactors(), (x,), strict=False).module()
+    rewritten = mfx.monarchify(module, config=HALF_GRID)
+    dense = mfx.to_dense(rewritten)
+    counts = [sum("monarch_bmm" in str(n.target) for n in m.graph.nodes) for m in (module, rewritten, dense)]
+    assert counts == [1, 2, 1]
+    torch.testing.assert_close(dense(x), rewritten(x), rtol=1e-4, atol=1e-4)
+
+
 def test_monarch_linear_becomes_linear() -> None:
     layer = mfx.MonarchLinear(48, 64, nblocks=4)
     dense = mfx.to_dense(nn.Sequential(layer))[0]

@@ -140,6 +140,8 @@ def conceal(module: fx.GraphModule) -> None:
         if name in ("monarch_fx::monarch_bmm", "monarch_fx::monarch_grouped_mm"):
             with module.graph.inserting_before(node):
                 dense = _dense_node(module, node, grouped=name.endswith("grouped_mm"))
+            if dense is None:
+                continue
             dense.meta = dict(node.meta)
             node.replace_all_uses_with(dense)
     module.graph.eliminate_dead_code()
@@ -147,21 +149,23 @@ def conceal(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _dense_node(module: fx.GraphModule, node: fx.Node, grouped: bool) -> fx.Node:
-    """The product of a ``monarch_bmm`` node with a view of the dense parameter."""
+def _dense_node(module: fx.GraphModule, node: fx.Node, grouped: bool) -> fx.Node | None:
+    """The product of a ``monarch_bmm`` node with a view of the dense parameter; None where no MonarchWeight has its
+    factors (the user's own call of the operator)."""
     call = module.graph.call_function
     x, _, _, *rest = node.args
     R: Any = node.args[1]
     picks, cast = None, None
-    while R.op != "get_attr":  # factors that are picked by an index, or cast
+    while R.op in ("call_function", "call_method"):  # factors that are picked by an index, or cast
         if op_name(R.target) == "getitem":
             picks = R.args[1]
         else:
             cast = R.args[1]
         R = R.args[0]
     path, _, factor = str(R.target).rpartition(".")
-    weight = module.get_submodule(path)
-    assert isinstance(weight, MonarchWeight)
+    weight = module.get_submodule(path) if R.op == "get_attr" else None
+    if not isinstance(weight, MonarchWeight):
+        return None
     piece = next(i for i in range(len(weight.views)) if factor in (f"R{weight.suffix(i)}", f"L{weight.suffix(i)}"))
     view = weight.views[piece]
     matrix = view if factor.startswith("R") else view.transposed  # the factors stand in the other order
@@ -177,7 +181,8 @@ def _dense_node(module: fx.GraphModule, node: fx.Node, grouped: bool) -> fx.Node
     if grouped:
         return call(F.grouped_mm, (x, turned), {"offs": rest[0]})
     y = call(torch.matmul, (x, turned))
-    return y if not rest or rest[0] is None else call(torch.add, (y, rest[0]))
+    bias = rest[0] if rest else node.kwargs.get("bias")
+    return y if bias is None else call(torch.add, (y, bias))
 
 
 def _weight_at(module: nn.Module, node: fx.Node) -> MonarchWeight | None:
