@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from dataclasses import asdict
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 import benchmarks.cpu
 import benchmarks.gpu
+import benchmarks.gpu_models
 import benchmarks.planning  # noqa: F401  (registers its benchmarks)
 from benchmarks.registry import BENCHMARKS, Benchmark, Table
 
@@ -28,7 +31,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "list":
         for entry in BENCHMARKS.values():
-            print(f"{entry.name:16} {entry.summary}")
+            print(f"{entry.name:18} {entry.summary}")
         return
     for name in arguments.names:
         run_one(BENCHMARKS[name])
@@ -37,18 +40,27 @@ def main() -> None:
 def run_one(entry: Benchmark) -> None:
     torch.manual_seed(0)
     start = time.perf_counter()
-    table = entry.run()
-    about = {
+    made = entry.run()
+    for table in [made] if isinstance(made, Table) else made:
+        write(entry, table, start, complete=False)
+        print(" | ".join(table.rows[-1]), file=sys.stderr, flush=True)
+    print(write(entry, table, start, complete=True))
+
+
+def write(entry: Benchmark, table: Table, start: float, complete: bool) -> str:
+    """Both files of a result; gives the text of the one for people."""
+    about: dict[str, str | int] = {
         "command": f"python -m benchmarks run {entry.name}",
         "date": time.strftime("%Y-%m-%d"),
         "took_s": round(time.perf_counter() - start),
+        **({} if complete else {"incomplete": "cut off after the last row"}),
         **machine(),
     }
     text = markdown(entry, table, about)
-    print(text)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{entry.name}.md").write_text(text)
     (RESULTS / f"{entry.name}.json").write_text(json.dumps({**about, **asdict(table)}, indent=1) + "\n")
+    return text
 
 
 def machine() -> dict[str, str | int]:
@@ -61,8 +73,13 @@ def machine() -> dict[str, str | int]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **({"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}),
+        **{name: metadata.version(name) for name in ("triton", "transformers") if installed(name)},
+        **({"gpu": torch.cuda.get_device_name(), "cuda": f"{torch.version.cuda}"} if torch.cuda.is_available() else {}),
     }
+
+
+def installed(name: str) -> bool:
+    return any(metadata.distributions(name=name))
 
 
 def markdown(entry: Benchmark, table: Table, about: dict[str, str | int]) -> str:

@@ -13,6 +13,7 @@ import monarch_fx as mfx
 
 FLOAT64_TOLERANCE = 1e-10
 FLOAT32_TOLERANCE = 1e-4
+BFLOAT16_ROUNDING = 2.0**-8
 
 
 class GateError(AssertionError):
@@ -39,14 +40,33 @@ def check_compiled(compiled: Callable[..., Any], eager: nn.Module, inputs: dict[
     _compare("the compiled model and the eager one", compiled, eager, inputs, FLOAT32_TOLERANCE)
 
 
+def check_bfloat16(name: str, result: torch.Tensor, expected: torch.Tensor, roundings: int) -> None:
+    """What a compiled model gives agrees with its eager dense equivalent, both in bfloat16.
+
+    Args:
+        name: Of the model.
+        result: Of the compiled model.
+        expected: Of ``to_dense`` of it, run eagerly.
+        roundings: How many operations, one after the other, round their results: independent errors add up as the root.
+
+    Raises:
+        GateError: They don't, by their relative difference in Frobenius norm.
+    """
+    tolerance = BFLOAT16_ROUNDING * roundings**0.5
+    _agree(f"{name}: the compiled model and to_dense of it, eager,", result.float(), expected.float(), tolerance)
+
+
 def _compare(
     what: str, one: Callable[..., Any], other: Callable[..., Any], inputs: dict[str, torch.Tensor], tolerance: float
 ) -> None:
     with torch.no_grad():
-        a, b = _tensor(one(**inputs)), _tensor(other(**inputs))
+        _agree(what, _tensor(one(**inputs)), _tensor(other(**inputs)), tolerance)
+
+
+def _agree(what: str, a: torch.Tensor, b: torch.Tensor, tolerance: float) -> None:
     difference = ((a - b).norm() / b.norm()).item()
     if not difference <= tolerance:
-        raise GateError(f"Outputs of {what} differ by {difference:.1e}, more than {tolerance:.0e}.")
+        raise GateError(f"Outputs of {what} differ by {difference:.1e}, more than {tolerance:.1e}.")
 
 
 def _tensor(output: Any) -> torch.Tensor:

@@ -1,8 +1,11 @@
-"""Benchmarks by name. Each returns a Table and records its raw samples in it."""
+"""Benchmarks by name. Each returns a Table and records its raw samples in it.
+
+A long one yields its table after every row instead, so that a run that is cut off leaves what it has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,20 +24,23 @@ class Table:
         self.targets.append(f"{what}: {reached:.2f}x, target {wanted:.2f}x: {verdict}")
 
 
+Run = Callable[[], Table | Iterator[Table]]
+
+
 @dataclass(frozen=True)
 class Benchmark:
     name: str
     summary: str
-    run: Callable[[], Table]
+    run: Run
 
 
 BENCHMARKS: dict[str, Benchmark] = {}
 
 
-def benchmark(name: str) -> Callable[[Callable[[], Table]], Callable[[], Table]]:
+def benchmark(name: str) -> Callable[[Run], Run]:
     """Registers a function under ``name``; the first line of its docstring is what ``list`` shows."""
 
-    def register(run: Callable[[], Table]) -> Callable[[], Table]:
+    def register(run: Run) -> Run:
         BENCHMARKS[name] = Benchmark(name, (run.__doc__ or "").splitlines()[0], run)
         return run
 

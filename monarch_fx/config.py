@@ -19,7 +19,7 @@ class MonarchConfig:
             budget, and to the authors' ``min(in, out) / nblocks**2`` where no budget is given.
         nblocks_choices: The block counts that are tried in both directions where no grid is forced.
         rank_multiple: Ranks that are tried are multiples of this (tensor cores and SIMD lanes want 16).
-        require_speedup: Never choose a structure that is predicted slower than dense.
+        require_speedup: Choose only structures that are predicted clearly (5 %) faster than dense.
 
     Raises:
         ConfigError: A field is not a positive integer, or the fields contradict each other.
@@ -29,7 +29,7 @@ class MonarchConfig:
     nblocks_out: int | None = None
     nblocks_in: int | None = None
     rank: int | None = None
-    nblocks_choices: tuple[int, ...] = (1, 2, 4, 8)
+    nblocks_choices: tuple[int, ...] = (1, 2, 3, 4, 8)
     rank_multiple: int = 16
     require_speedup: bool = True
 

@@ -174,8 +174,8 @@ class TestSeconds:
             ("cpu", 1024, MonarchShape(768, 3072, 4, 4, 64), True),
             ("cpu", 16, MonarchShape(64, 64, 4, 4, 8), False),  # launches
             ("h100", 1, MonarchShape(768, 3072, 1, 1, 304), False),
-            ("h100", 8192, MonarchShape(768, 768, 3, 3, 64), False),
-            ("h100", 8192, MonarchShape(768, 768, 1, 1, 192), True),
+            ("h100", 4096, MonarchShape(768, 768, 4, 4, 48), False),
+            ("h100", 16384, MonarchShape(1024, 1024, 1, 1, 256), True),
             ("h100", 8192, MonarchShape(4096, 4096, 4, 4, 256), True),
             ("h100", 8192, MonarchShape(4096, 14336, 4, 4, 256), True),
         ],
@@ -315,17 +315,32 @@ class TestLoweringsOfAGpu:
         for tokens in (200, 4096):
             ours = monarch_seconds(h200, tokens, self.shape, dtype="bfloat16")
             assert ours < monarch_seconds(plain, tokens, self.shape, dtype="bfloat16")
-        for shape, options in (
-            (self.shape, {"dtype": "float32"}),
-            (self.shape, {"dtype": "bfloat16", "batch": 8}),
-            (MonarchShape(4096, 14336, 1, 1, 1584), {"dtype": "bfloat16"}),
+        for shape, tokens, options in (
+            (self.shape, 64, {"dtype": "float32"}),
+            (self.shape, 64, {"dtype": "bfloat16", "batch": 8}),
+            (MonarchShape(4096, 14336, 1, 1, 1584), 65, {"dtype": "bfloat16"}),
         ):
-            assert monarch_seconds(h200, 64, shape, **options) == monarch_seconds(plain, 64, shape, **options)
+            assert monarch_seconds(h200, tokens, shape, **options) == monarch_seconds(plain, tokens, shape, **options)
+
+    def test_small_products_are_one_kernel_in_inference(self) -> None:
+        shape = MonarchShape(1024, 1024, 2, 2, 128)
+        slow = dataclasses.replace(SHIPPED["h100"], fused_efficiency=1e-3)
+        for tokens, workload, is_fused in (
+            (4096, "inference", True),
+            (1024, "inference", False),
+            (4096, "training", False),
+        ):
+            options = {"dtype": "bfloat16", "workload": workload}
+            ours, theirs = (monarch_seconds(profile, tokens, shape, **options) for profile in (SHIPPED["h100"], slow))
+            assert (ours < theirs) == is_fused
+        kernels = formulas.fused("inference", 128)
+        assert count(formulas.flops(kernels), shape, tokens=7) == 2 * 7 * shape.params
+        assert count(formulas.bytes_moved(kernels), shape, tokens=7, dtype_bytes=2) == 2 * (7 * 2048 + shape.params)
 
     @pytest.mark.parametrize("grid", [(2, 2), (4, 1)])
     def test_an_array_of_tokens_gives_each_its_own_lowering(self, grid: tuple[int, int]) -> None:
         shape = MonarchShape(4096, 4096, *grid, 256)
-        tokens = np.array([1, 128, 129, 1024, 16384])
+        tokens = np.array([1, 64, 65, 1024, 16384])
         together = monarch_seconds(SHIPPED["h200"], tokens, shape, dtype="bfloat16")
         alone = [monarch_seconds(SHIPPED["h200"], int(t), shape, dtype="bfloat16") for t in tokens]
         np.testing.assert_allclose(together, alone, rtol=1e-12)

@@ -7,6 +7,7 @@ import torch
 import zoo
 
 import monarch_fx as mfx
+from monarch_fx.errors import MonarchWarning
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -111,3 +112,65 @@ def test_the_same_bits_twice() -> None:
     for tokens in (1, 200, 8192):
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
         assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize(
+    ("n_in", "n_out", "grid", "rank"), [(768, 768, 3, 64), (1024, 1024, 2, 128), (768, 768, 2, 96)]
+)
+def test_one_kernel_for_small_products(n_in: int, n_out: int, grid: int, rank: int) -> None:
+    layer = mfx.MonarchLinear(n_in, n_out, grid, rank, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(5000, n_in, device="cuda", dtype=torch.bfloat16)
+    exact, scale = exact_and_scale(x.double(), layer)
+    with torch.no_grad():
+        assert ((layer(x).double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
+
+
+class GatedMLP(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = ((256, 512), (256, 512), (512, 256))
+        make = {"nblocks": 2, "rank": 32, "device": "cuda", "dtype": torch.bfloat16}
+        self.gate, self.up, self.down = (mfx.MonarchLinear(*shape, **make) for shape in shapes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.nn.functional.silu(self.gate(x)) * self.up(x)
+        return torch.nn.functional.gelu(self.down(hidden))
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("tokens", [1, 300, 3000])
+def test_compiled_activations_in_the_epilogue(mode: str | None, tokens: int) -> None:
+    model = GatedMLP()
+    wide = GatedMLP().double()
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    compiled = torch.compile(model, mode=mode)
+    with torch.no_grad():
+        for _ in range(4):  # warm-up, recording and replay
+            x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+            exact = wide(x.double())
+            with torch.profiler.profile() as profile:
+                y = compiled(x)
+            # a rounding after each of six kernels, each error passed on by the rest about as it is
+            assert (y.double() - exact).norm() <= 6 * torch.finfo(torch.bfloat16).eps * exact.norm()
+    names = {event.key for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA}
+    assert not any("silu" in name or "gelu" in name for name in names), names
+
+
+def test_a_kernel_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.errors import TritonError
+
+    from monarch_fx.kernels import gpu, launch
+
+    def fails(*operands: object) -> None:
+        raise TritonError("out of shared memory")
+
+    monkeypatch.setattr(launch, "first_half", fails)
+    monkeypatch.setattr(gpu, "_failed", set())
+    layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(40, 96, device="cuda", dtype=torch.bfloat16)
+    exact, scale = exact_and_scale(x.double(), layer)
+    with pytest.warns(MonarchWarning, match=r"first half .* failed on \(40, 96\).*out of shared memory"):
+        y = layer(x)
+    assert ((y.double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
+    assert torch.equal(layer(x), y)  # without another warning, which would be an error

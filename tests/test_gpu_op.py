@@ -9,14 +9,9 @@ from torch._functorch.aot_autograd import make_boxed_func
 
 import monarch_fx as mfx
 from monarch_fx.kernels import gpu
+from monarch_fx.kernels.reference import ACTIVATIONS
 
 SHAPES = [(5, 2, 3, 4, 6, 7), (4, 1, 3, 5, 8, 6), (6, 3, 1, 2, 5, 9)]
-
-
-@pytest.fixture(autouse=True)
-def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "CUBLAS_FLOPS", 0)
-    monkeypatch.setattr(gpu, "FEW_TOKENS", 0)
 
 
 def operands(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> tuple[torch.Tensor, ...]:
@@ -27,7 +22,7 @@ def operands(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> t
 @pytest.mark.parametrize("shape", SHAPES)
 def test_product_and_intermediate(shape: tuple[int, ...]) -> None:
     x, R, L = operands(*shape)
-    y, t = gpu.two_products(x, R, L)
+    y, t = gpu.product_and_intermediate(x, R, L, None)
     torch.testing.assert_close(y, mfx.Monarch(R, L)(x), rtol=1e-12, atol=1e-12)
     exact = torch.einsum("kjrp,tkp->jtkr", R, x.unflatten(1, (R.shape[0], -1))).flatten(2)
     torch.testing.assert_close(t, exact, rtol=1e-12, atol=1e-12)
@@ -36,13 +31,16 @@ def test_product_and_intermediate(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_of_first_and_second_order(shape: tuple[int, ...]) -> None:
     x, R, L = operands(*shape)
+    bias = torch.randn(L.shape[0] * L.shape[3], dtype=torch.float64, requires_grad=True)
 
     def product(*args: torch.Tensor) -> torch.Tensor:
-        return gpu.two_products(*args)[0]
+        return gpu.product_and_intermediate(*args)[0]
 
-    assert torch.autograd.gradcheck(product, (x, R, L))
-    assert torch.autograd.gradgradcheck(product, (x, R, L))
-    for frozen in ((x.detach(), R, L), (x, R.detach(), L), (x, R, L.detach())):
+    inputs = (x, R, L, bias)
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
+    for i in range(len(inputs)):
+        frozen = tuple(operand.detach() if i == j else operand for j, operand in enumerate(inputs))
         assert torch.autograd.gradgradcheck(product, frozen)
 
 
@@ -55,9 +53,11 @@ def test_a_compiled_backward_pass_runs_the_op_again() -> None:
         return make_boxed_func(module)
 
     backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
-    y = torch.compile(lambda x, R, L: gpu.two_products(x, R, L)[0], backend=backend, fullgraph=True)(x, R, L)
+    y = torch.compile(lambda x, R, L: gpu.product_and_intermediate(x, R, L, None)[0], backend=backend, fullgraph=True)(
+        x, R, L
+    )
     y.square().sum().backward()
-    assert [sum("two_products" in target for target in graph) for graph in graphs] == [1, 1]
+    assert [sum("product_and_intermediate" in target for target in graph) for graph in graphs] == [1, 1]
     leaf = x.detach().requires_grad_()
     mfx.Monarch(R.detach(), L.detach())(leaf).square().sum().backward()
     torch.testing.assert_close(x.grad, leaf.grad, rtol=1e-12, atol=1e-12)
@@ -67,19 +67,43 @@ def test_a_compiled_backward_pass_runs_the_op_again() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_opcheck(shape: tuple[int, ...]) -> None:
-    torch.library.opcheck(torch.ops.monarch_fx_kernels.two_products.default, operands(*shape))
+    x, R, L = operands(*shape)
+    rows = L.shape[0] * L.shape[3]
+    bias = torch.randn(rows, dtype=torch.float64, requires_grad=True)
+    torch.library.opcheck(gpu.product_and_intermediate, (x, R, L, bias))
+    gate = torch.randn(len(x), rows, dtype=torch.float64)
+    values = (x.detach(), R.detach(), L.detach(), bias.detach())
+    torch.library.opcheck(gpu.product, (*values, gate, "silu"))
 
 
 def test_rows_that_lie_apart_and_no_rows() -> None:
-    x, R, L = operands(*SHAPES[0])
+    x, R, L = (operand.detach() for operand in operands(*SHAPES[0]))
     wide = torch.cat([x, x], 1)[:, : x.shape[1]]
-    torch.testing.assert_close(gpu.two_products(wide, R, L)[0], mfx.Monarch(R, L)(x), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(gpu.two_products(x.T.contiguous().T, R, L)[0], mfx.Monarch(R, L)(x))
-    assert gpu.two_products(x[:0], R, L)[0].shape == (0, L.shape[0] * L.shape[3])
+    exact = mfx.Monarch(R, L)(x)
+    for rows in (wide, x.T.contiguous().T):
+        for y in (gpu.product_and_intermediate(rows, R, L, None)[0], gpu.product(rows, R, L, None, None, "none")):
+            torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
+    assert gpu.product(x[:0], R, L, None, None, "gelu").shape == (0, L.shape[0] * L.shape[3])
+    assert gpu.product_and_intermediate(x[:0], R, L, None)[0].shape == (0, L.shape[0] * L.shape[3])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_epilogues(shape: tuple[int, ...], activation: str) -> None:
+    x, R, L = (operand.detach() for operand in operands(*shape))
+    plain = mfx.Monarch(R, L)(x)
+    bias, gate = torch.randn_like(plain[0]), torch.randn_like(plain)
+    act = ACTIVATIONS[activation]
+    for y, exact in (
+        (gpu.product(x, R, L, bias, None, activation), act(plain + bias)),
+        (gpu.product(x, R, L, None, gate, activation), act(gate) * plain),
+    ):
+        torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
 
 
 def test_flops_are_counted() -> None:
     x, R, L = operands(*SHAPES[0])
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
-        gpu.two_products(x, R, L)
-    assert counter.get_total_flops() == 2 * len(x) * (R.numel() + L.numel())
+        gpu.product_and_intermediate(x, R, L, None)
+        gpu.product(x, R, L, None, None, "none")
+    assert counter.get_total_flops() == 2 * 2 * len(x) * (R.numel() + L.numel())

@@ -43,33 +43,40 @@ def fit_profile(
         DeviceProfileError: No profile fits.
     """
 
+    has_kernels = any(case.kernels for case in cases)
+    # Starts: the roofs that the fastest product shows, a launch as long as half the shortest one, little to fill, half
+    # overlap, own kernels as fast as others.
+    flops = max(
+        2 * c.tokens * c.in_features * c.out_features / t for c, t in zip(cases, times, strict=True) if not c.shape
+    )
+    shares = {"overlap": 0.5}
+    scales = {"peak": flops, "bandwidth": flops / 10, "copy": flops / 10, "launch_s": times.min() / 2, "fill": 10.0}
+    if has_kernels:
+        shares["kernel_overlap"] = 0.5
+        scales |= {"kernel_efficiency": 1.0, "kernel_launch_s": times.min() / 2, "kernel_fill": 10.0}
+        scales |= {"fused_efficiency": 1.0}
+
     def profile(constants: NDArray[np.float64], source: str = "being fitted") -> DeviceProfile:
-        peak, bandwidth, copy, launch_s, fill, efficiency = np.exp(constants[:6]).tolist()
+        found = dict(zip(scales, np.exp(constants[: len(scales)]).tolist(), strict=True))
+        found |= dict(zip(shares, constants[len(scales) :].tolist(), strict=True))
+        peak = found.pop("peak")
         return DeviceProfile(
             name=name,
             source=source,
             peak_flops={other: peak * share for other, share in relative_peaks.items()},
-            bandwidth_bytes_per_s=bandwidth,
-            copy_bytes_per_s=copy,
-            launch_s=launch_s,
-            overlap=float(constants[6]),
+            bandwidth_bytes_per_s=found.pop("bandwidth"),
+            copy_bytes_per_s=found.pop("copy"),
             tile=tile,
             units=units,
-            fill=fill,
-            kernel_efficiency=efficiency if any(case.kernels for case in cases) else 0.0,
+            **found,
         )
 
     def residuals(constants: NDArray[np.float64]) -> NDArray[np.float64]:
         made = profile(constants)
         return np.log([predicted(made, case, dtype) for case in cases]) - np.log(times)
 
-    # the roofs that the fastest product shows, a launch as long as half the shortest one, little to fill, own kernels
-    # as fast as others, half overlap
-    flops = max(
-        2 * c.tokens * c.in_features * c.out_features / t for c, t in zip(cases, times, strict=True) if not c.shape
-    )
-    start = np.append(np.log([flops, flops / 10, flops / 10, times.min() / 2, 10.0, 1.0]), 0.5)
-    reach = np.append(np.full(6, np.log(1e3)), 0.5)
+    start = np.concatenate([np.log(list(scales.values())), list(shares.values())])
+    reach = np.concatenate([np.full(len(scales), np.log(1e3)), np.full(len(shares), 0.5)])
     # soft_l1: a few products that a library runs unusually badly don't bend the rest
     fitted = scipy.optimize.least_squares(
         residuals, start, bounds=(start - reach, start + reach), loss="soft_l1", f_scale=0.1

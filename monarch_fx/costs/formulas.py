@@ -3,8 +3,8 @@
 A product is a list of kernels. Expressions are in the symbols of this module: sizes of the product (``tokens`` rows for
 each of ``batch`` equal matrices), the bytes of its dtype, and the constants of a ``DeviceProfile``.
 
-A Monarch product runs with copies or without, see ``monarch`` and ``without_copies``. A transpose that only renames
-dimensions costs nothing.
+A Monarch product runs with copies, without, or as one kernel: ``monarch``, ``without_copies``, ``fused``. A transpose
+that only renames dimensions costs nothing.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ SIZES = sympy.symbols(
 tokens, in_features, out_features, nblocks_out, nblocks_in, rank, batch, dtype_bytes = SIZES
 
 DEVICE = sympy.symbols(
-    "peak_flops bandwidth_bytes_per_s copy_bytes_per_s launch_s overlap tile units fill kernel_efficiency",
+    "peak_flops bandwidth_bytes_per_s copy_bytes_per_s tile units launch_s overlap fill "
+    "kernel_efficiency kernel_launch_s kernel_overlap kernel_fill fused_efficiency",
     nonnegative=True,
 )
-peak_flops, bandwidth_bytes_per_s, copy_bytes_per_s, launch_s, overlap, tile, units, fill, kernel_efficiency = DEVICE
+(
+    peak_flops, bandwidth_bytes_per_s, copy_bytes_per_s, tile, units, launch_s, overlap, fill,
+    kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_fill, fused_efficiency,
+) = DEVICE
 # fmt: on
 
 
@@ -59,27 +63,48 @@ class Product:
         """Compute, traffic, as far as they don't overlap, and one launch.
 
         ``units`` tiles of ``tile x tile`` results are computed at once, so the device is idle in the last, partly
-        filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. The library's own kernels reach
-        ``kernel_efficiency`` of the peak, overlap half as much, and have tiles twice as wide for more than 512 rows.
+        filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. This library's own kernels have
+        constants of their own.
         """
-        side, peak, hidden = tile, peak_flops, overlap
+        peak, launch, hidden, steps = peak_flops, launch_s, overlap, fill
         if self.own:
-            side = tile * (1 + _at_least_one(Max(self.m - 512, 0)))
-            peak, hidden = peak_flops * kernel_efficiency, overlap / 2
-        waves = _ceil_div(self.batch * _ceil_div(self.m, side) * _ceil_div(self.n, side), units)
-        compute_s = waves * units * 2 * side**2 * (self.k + fill) / peak
+            peak, launch, hidden, steps = peak_flops * kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_fill
+        waves = _ceil_div(self.batch * _ceil_div(self.m, tile) * _ceil_div(self.n, tile), units)
+        compute_s = waves * units * 2 * tile**2 * (self.k + steps) / peak
         traffic_s = self._bytes_moved / bandwidth_bytes_per_s
-        once = Max(compute_s, traffic_s) + (1 - hidden) * Min(compute_s, traffic_s) + launch_s
-        return self.launches * once
+        return self.launches * (launch + _overlapped(compute_s, traffic_s, hidden))
 
     @property
     def backward(self) -> tuple[Product, ...]:
         """The gradients of both operands."""
         batch, m, k, n = self.batch, self.m, self.k, self.n
-        return (
-            Product(batch, m, n, k, self.launches, self.own),  # the same kernels, with the factors swapped
-            Product(self.launches * batch, k, m, n),
-        )
+        return Product(batch, m, n, k, self.launches), Product(self.launches * batch, k, m, n)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A whole Monarch product in one kernel of this library, whose programs have 64 tokens and a row of blocks each."""
+
+    rows: Expr  # of factors that a program computes with: the rank, rounded up to a power of two
+
+    @property
+    def flops(self) -> Expr:
+        """Multiplications and additions of both halves."""
+        return 2 * batch * tokens * nblocks_out * nblocks_in * rank * (_p() + _s())
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Activations and factors read once, the result written once; the intermediate stays on chip."""
+        factors = nblocks_out * nblocks_in * rank * (_p() + _s())
+        return dtype_bytes * (tokens * (nblocks_in * _p() + nblocks_out * _s()) + factors)
+
+    @property
+    def seconds(self) -> Expr:
+        """As of ``Product``, with ``2 * units`` programs at once."""
+        waves = _ceil_div(_ceil_div(tokens, 64) * nblocks_out, 2 * units)
+        program = 2 * 64 * nblocks_in * self.rows * (_p() + _s() + kernel_fill)
+        compute_s = waves * 2 * units * program / (peak_flops * fused_efficiency)
+        return kernel_launch_s + _overlapped(compute_s, self.bytes_moved / bandwidth_bytes_per_s, kernel_overlap)
 
 
 @dataclass(frozen=True)
@@ -108,7 +133,7 @@ class Copy:
         return (self,)
 
 
-Kernel = Product | Copy
+Kernel = Product | Copy | Fused
 
 
 def dense(workload: str = "inference") -> tuple[Kernel, ...]:
@@ -122,11 +147,10 @@ def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
     Two ``bmm`` with a transpose of whole blocks between them, and one after them where there is more than one row of
     blocks.
     """
-    p = _ceil_div(in_features, nblocks_in)
-    s = _ceil_div(out_features, nblocks_out)
+    p, s = _p(), _s()
     padded_in = nblocks_in * p
     width = nblocks_out * nblocks_in * rank
-    forward: list[Kernel] = [
+    forward: list[Product | Copy] = [
         Copy(batch * tokens * padded_in, needed=_at_least_one(padded_in - in_features)),  # zeros behind x
         Product(batch * nblocks_in, tokens, p, nblocks_out * rank),
         Copy(batch * tokens * width, needed=_several(nblocks_in)),  # (k, tokens, j, rank) -> (j, tokens, k, rank)
@@ -145,16 +169,28 @@ def without_copies(workload: str, first: str, second: str) -> tuple[Kernel, ...]
             ``"own"``: a kernel of this library that stores block-transposed.
         second: ``"library"`` or ``"own"``.
     """
-    p = _ceil_div(in_features, nblocks_in)
-    s = _ceil_div(out_features, nblocks_out)
+    forward = _halves(first, second, (nblocks_in, _p()), (nblocks_out, _s()))
+    if workload == "inference":
+        return forward
+    to_x = _halves(first, second, (nblocks_out, _s()), (nblocks_in, _p()))  # the same halves, with the factors swapped
+    to_R = Product(nblocks_in, nblocks_out * rank, tokens, _p())
+    to_L = Product(nblocks_out, nblocks_in * rank, tokens, _s())
+    return (*forward, *to_x, to_R, to_L)
+
+
+def _halves(first: str, second: str, inputs: tuple[Expr, Expr], outputs: tuple[Expr, Expr]) -> tuple[Product, Product]:
+    (n_in, p), (n_out, s) = inputs, outputs
     firsts = {
-        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank),
-        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out),
-        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True),
+        "joined": Product(n_in, tokens, p, n_out * rank),
+        "strided": Product(n_in, tokens, p, rank, launches=n_out),
+        "own": Product(n_in, tokens, p, n_out * rank, own=True),
     }
-    return _with_backward(
-        [firsts[first], Product(nblocks_out, tokens, nblocks_in * rank, s, own=second == "own")], workload
-    )
+    return firsts[first], Product(n_out, tokens, n_in * rank, s, own=second == "own")
+
+
+def fused(workload: str, rows: int) -> tuple[Kernel, ...]:
+    """The kernel that runs a whole product; see ``Fused``. For inference alone."""
+    return (Fused(sympy.Integer(rows)),)
 
 
 def flops(kernels: Iterable[Kernel]) -> Expr:
@@ -172,8 +208,20 @@ def seconds(kernels: Iterable[Kernel]) -> Expr:
     return sympy.Add(*(kernel.seconds for kernel in kernels))
 
 
-def _with_backward(forward: list[Kernel], workload: str) -> tuple[Kernel, ...]:
-    backward = [gradient for kernel in forward for gradient in kernel.backward]
+def _p() -> Expr:
+    return _ceil_div(in_features, nblocks_in)
+
+
+def _s() -> Expr:
+    return _ceil_div(out_features, nblocks_out)
+
+
+def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr) -> Expr:
+    return Max(compute_s, traffic_s) + (1 - hidden) * Min(compute_s, traffic_s)
+
+
+def _with_backward(forward: list[Product | Copy], workload: str) -> tuple[Kernel, ...]:
+    backward: list[Product | Copy] = [gradient for kernel in forward for gradient in kernel.backward]
     return tuple(forward + backward if workload == "training" else forward)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from monarch_fx.costs import formulas
 from monarch_fx.costs.formulas import DEVICE, SIZES
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
-from monarch_fx.kernels.gpu import CUBLAS_FLOPS, FEW_TOKENS
+from monarch_fx.kernels import choice
 from monarch_fx.structure import MonarchShape
 
 Tokens = int | NDArray[np.int64]
@@ -65,22 +65,26 @@ def monarch_seconds(
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
     constants = _constants(profile, dtype)
-    grid = (shape.nblocks_out, shape.nblocks_in, shape.rank)
-    sizes = (tokens, shape.in_features, shape.out_features, *grid, batch, DTYPE_BYTES[dtype])
-    a_grid = batch == 1 and shape.nblocks_out * shape.nblocks_in > 1
-    if not (a_grid and profile.kernel_efficiency > 0 and DTYPE_BYTES[dtype] == 2):
+    n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
+    sizes = (tokens, shape.in_features, shape.out_features, n_out, n_in, rank, batch, DTYPE_BYTES[dtype])
+    if batch > 1 or profile.kernel_efficiency == 0 or DTYPE_BYTES[dtype] > 2:
         return _function("monarch", workload)(*sizes, *constants)
+    rows = np.asarray(tokens)
 
     def seconds(first: str, second: str) -> Seconds:
         return _function("without_copies", workload, first, second)(*sizes, *constants)
 
-    def with_first(first: str) -> Seconds:
-        return np.where(np.asarray(tokens) <= FEW_TOKENS, seconds(first, "own"), seconds(first, "library"))
-
-    if shape.nblocks_in == 1:
-        return with_first("joined")
-    in_one_call = 2 * np.asarray(tokens) * shape.nblocks_in * shape.rank * shape.p
-    return np.where(in_one_call >= CUBLAS_FLOPS, with_first("strided"), with_first("own"))
+    if n_in == 1:
+        many = seconds("joined", "library")
+    elif shape.p % 64:
+        is_large = 2 * rows * n_in * rank * shape.p >= choice.STRIDED_FLOPS
+        many = np.where(is_large, seconds("strided", "library"), seconds("own", "library"))
+    else:
+        many = seconds("own", "library")
+    if workload == "inference" and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, rank, shape.p, shape.s):
+        held = max(16, 1 << (rank - 1).bit_length())
+        many = np.where(rows >= choice.FUSED_TOKENS, _function("fused", workload, held)(*sizes, *constants), many)
+    return np.where(rows <= choice.FEW_TOKENS, seconds("own", "own"), many)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -116,17 +120,21 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
         profile.peak(dtype),
         profile.bandwidth_bytes_per_s,
         profile.copy_bytes_per_s,
-        profile.launch_s,
-        profile.overlap,
         profile.tile,
         profile.units,
+        profile.launch_s,
+        profile.overlap,
         profile.fill,
         profile.kernel_efficiency,
+        profile.kernel_launch_s,
+        profile.kernel_overlap,
+        profile.kernel_fill,
+        profile.fused_efficiency,
     )
 
 
 @functools.cache
-def _function(structure: str, workload: str, *lowering: str) -> Callable[..., Seconds]:
+def _function(structure: str, workload: str, *lowering: str | int) -> Callable[..., Seconds]:
     """The seconds of a structure as a NumPy function of ``formulas.SIZES`` and ``formulas.DEVICE``."""
     kernels = getattr(formulas, structure)(workload, *lowering)
     return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules="numpy", cse=True)

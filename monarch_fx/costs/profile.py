@@ -30,7 +30,11 @@ class DeviceProfile:
         units: Tiles computed at once (streaming multiprocessors of a GPU).
         fill: Inner steps that a tile loses before its pipeline runs.
         kernel_efficiency: Speed of this library's own kernels over ``peak_flops``, for half-precision products; 0 where
-            they don't run (CPUs).
+            they don't run (CPUs). The next four are theirs, too.
+        kernel_launch_s: Their ``launch_s``.
+        kernel_overlap: Their ``overlap``.
+        kernel_fill: Their ``fill``.
+        fused_efficiency: ``kernel_efficiency`` of the one that runs a whole product.
 
     Raises:
         DeviceProfileError: A number is not finite, negative, or zero where it must not be.
@@ -47,6 +51,10 @@ class DeviceProfile:
     units: int = 1
     fill: float = 0.0
     kernel_efficiency: float = 0.0
+    kernel_launch_s: float = 0.0
+    kernel_overlap: float = 1.0
+    kernel_fill: float = 0.0
+    fused_efficiency: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -63,12 +71,23 @@ class DeviceProfile:
                     f"Known: {', '.join(DTYPE_BYTES)}."
                 )
             self._check(f"peak_flops[{dtype!r}]", value, positive=True)
-        for name in ("bandwidth_bytes_per_s", "copy_bytes_per_s", "tile", "units"):
+        for name in ("bandwidth_bytes_per_s", "copy_bytes_per_s", "tile", "units", "fused_efficiency"):
             self._check(name, getattr(self, name), positive=True)
-        for name in ("launch_s", "overlap", "fill", "kernel_efficiency"):
+        for name in (
+            "launch_s",
+            "overlap",
+            "fill",
+            "kernel_efficiency",
+            "kernel_launch_s",
+            "kernel_overlap",
+            "kernel_fill",
+        ):
             self._check(name, getattr(self, name), positive=False)
-        if self.overlap > 1:
-            raise DeviceProfileError(f"Profile {self.name!r}: overlap must be in [0, 1], got {self.overlap!r}.")
+        for name in ("overlap", "kernel_overlap"):
+            if getattr(self, name) > 1:
+                raise DeviceProfileError(
+                    f"Profile {self.name!r}: {name} must be in [0, 1], got {getattr(self, name)!r}."
+                )
 
     def _check(self, name: str, value: Any, *, positive: bool) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -2,13 +2,18 @@
 
 from monarch_fx.costs.profile import DeviceProfile
 
-# How cuBLAS cuts products: fitted to 120 products of 768 to 14336 features at 1 to 8192 tokens on an H200 (bf16, CUDA
-# graphs, PyTorch 2.11, median error 5 %). It predicts dense and low-rank products of an H100 within 20 %.
-_LAUNCH_S = 2.5e-6
-_OVERLAP = 0.6
-_TILE = 64
-_FILL = 65
-_KERNELS = 0.76  # from the H200
+# How cuBLAS and the kernels of this library cut products: fitted to 2112 Monarch and 96 dense products of 768 to 14336
+# features at 1 to 16384 tokens on an H100 (bfloat16, CUDA graphs, PyTorch 2.11; python -m benchmarks run layers-gpu).
+_GPU = {
+    "launch_s": 2.9e-6,
+    "overlap": 0.67,
+    "fill": 127.0,
+    "kernel_efficiency": 0.78,
+    "kernel_launch_s": 1.7e-6,
+    "kernel_overlap": 0.47,
+    "kernel_fill": 0.0,
+    "fused_efficiency": 0.73,
+}
 
 SHIPPED = {
     profile.name: profile
@@ -29,68 +34,56 @@ SHIPPED = {
         DeviceProfile(
             name="a100",
             source=(
-                "NVIDIA A100 datasheet, 80GB SXM, dense, float32 without TF32; copies taken at full bandwidth, "
-                "launch, overlap, fill and kernels as on an H200"
+                "NVIDIA A100 datasheet, 80GB SXM, dense, float32 without TF32; copies taken at full bandwidth, the "
+                "rest as on an H100"
             ),
             peak_flops={"float64": 19.5e12, "float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
             bandwidth_bytes_per_s=2.039e12,
             copy_bytes_per_s=2.039e12,
-            launch_s=_LAUNCH_S,
-            overlap=_OVERLAP,
-            tile=_TILE,
+            tile=64,
             units=108,  # SMs
-            fill=_FILL,
-            kernel_efficiency=_KERNELS,
+            **_GPU,
         ),
         DeviceProfile(
             name="h100",
+            # a fit to four of the twelve sizes predicts the other eight with 7 % and 18 %
             source=(
-                "bfloat16 and bandwidth measured on an H100 80GB SXM (8192^3 product; copy, bytes read + written); "
-                "float64 and float32 from NVIDIA's H100 datasheet, dense, without TF32; launch, overlap, fill and "
-                "kernels as on an H200"
+                "fitted to 2208 products in bfloat16 on an H100 80GB SXM, PyTorch 2.11, CUDA 13.0 (python -m "
+                "benchmarks run layers-gpu): median error 5 %, 95th percentile 20 %; other dtypes and copies from "
+                "measure_device()"
             ),
-            peak_flops={"float64": 67e12, "float32": 67e12, "bfloat16": 790e12, "float16": 790e12},
-            bandwidth_bytes_per_s=3.02e12,
-            copy_bytes_per_s=3.02e12,
-            launch_s=_LAUNCH_S,
-            overlap=_OVERLAP,
-            tile=_TILE,
+            peak_flops={"float64": 67e12, "float32": 56e12, "bfloat16": 907e12, "float16": 877e12},
+            bandwidth_bytes_per_s=3.17e12,
+            copy_bytes_per_s=1.98e12,
+            tile=64,
             units=132,
-            fill=_FILL,
-            kernel_efficiency=_KERNELS,
+            **_GPU,
         ),
         DeviceProfile(
             name="h200",
-            # a fit to four of the eleven sizes predicts the other seven with 9 % and 29 %
             source=(
-                "fitted to 1320 products in bfloat16 on an H200 SXM, PyTorch 2.11, CUDA 13.0 (python -m benchmarks run "
-                "layers-gpu): median error 7 %, 95th percentile 24 %; other dtypes and copies from measure_device()"
+                "the H100's, with the bandwidth and the float32 speed of an H200 SXM: an earlier fit to 1320 products "
+                "in bfloat16 there, and measure_device()"
             ),
-            peak_flops={"float64": 67e12, "float32": 55e12, "bfloat16": 856e12, "float16": 820e12},
+            peak_flops={"float64": 67e12, "float32": 55e12, "bfloat16": 907e12, "float16": 870e12},
             bandwidth_bytes_per_s=4.6e12,
             copy_bytes_per_s=1.88e12,
-            launch_s=2.3e-6,
-            overlap=0.49,
-            tile=_TILE,
+            tile=64,
             units=132,
-            fill=69,
-            kernel_efficiency=_KERNELS,
+            **_GPU,
         ),
         DeviceProfile(
             name="rtx4090",
             source=(
                 "NVIDIA Ada GPU architecture whitepaper, appendix A, dense, FP32 accumulation, float32 without TF32; "
-                "copies taken at full bandwidth, launch, overlap, fill and kernels as on an H200"
+                "copies taken at full bandwidth, the rest as on an H100"
             ),
             peak_flops={"float64": 1.29e12, "float32": 82.6e12, "bfloat16": 165.2e12, "float16": 165.2e12},
             bandwidth_bytes_per_s=1.008e12,
             copy_bytes_per_s=1.008e12,
-            launch_s=_LAUNCH_S,
-            overlap=_OVERLAP,
-            tile=_TILE,
             units=128,
-            fill=_FILL,
-            kernel_efficiency=_KERNELS,
+            tile=64,
+            **_GPU,
         ),
     )
 }

@@ -114,7 +114,7 @@ def products(bench: Workbench) -> list[Case]:
             rank = max(1, n_in * n_out // 2 // one.params // 16 * 16)
             shape = MonarchShape(n_in, n_out, nblocks_out, nblocks_in, rank)
             cases.append(Case(tokens, n_in, n_out, shape))
-            if bench.kernels and nblocks_out * nblocks_in > 1:
+            if bench.kernels:
                 cases.append(Case(tokens, n_in, n_out, shape, kernels=True))
     return cases
 
@@ -135,7 +135,7 @@ def _runs(case: Case, pool: Tensor) -> list[Run]:
         R = factors[: n_in * n_out * rank * p].view(n_in, n_out, rank, p)
         L = factors[n_in * n_out * rank * p :].view(n_out, n_in, rank, s)
         if case.kernels:
-            runs.append(functools.partial(gpu.two_products, x, R, L))
+            runs.append(functools.partial(gpu.product, x, R, L, None, None, "none"))
         else:
             runs.append(functools.partial(run, R.flatten(1, 2), L.flatten(1, 2)))
     return runs

@@ -1,9 +1,9 @@
 """What monarch_bmm runs on a GPU: products that write their results where the next one reads them, without copies.
 
-With many tokens the first product is one cuBLAS call per row of blocks, into a strided slice of the intermediate; with
-fewer it is a Triton kernel that stores block-transposed. The second product writes strided rows: one cuBLAS call, or a
-Triton kernel where tokens are few. The backward pass runs the same op with the factors swapped, since the transposed
-matrix is Monarch(L, R).
+A product has two halves, or is one kernel where that is faster. The first half stores its result block-transposed (a
+Triton kernel); the second writes strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result
+gets a bias or an activation). The backward pass runs the same halves with the factors swapped, since the transposed
+matrix is Monarch(L, R). On a CPU, where it is tested, and where a kernel fails, plain batched products do the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,70 +21,145 @@ from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import reference
+from monarch_fx.kernels.choice import FEW_TOKENS, STRIDED_FLOPS, is_fused
 
 HALF = (torch.bfloat16, torch.float16)
-CUBLAS_FLOPS = 8e9  # in one call of the first product; below, the Triton kernel's single launch is faster (H200)
-FEW_TOKENS = 128  # up to which the second product is a Triton kernel, too
 
 
 def serves(x: Tensor, R: Tensor) -> bool:
-    """Whether this op takes the product: half precision on a GPU, a grid, no function transform."""
-    if not x.is_cuda or R.dim() != 4 or R.shape[0] * R.shape[1] == 1:
+    """Whether these kernels take the product: half precision on a GPU, one matrix, no function transform."""
+    if not x.is_cuda or R.dim() != 4:
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
     if dtype not in HALF or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
-    return _two_pass() is not None
+    return _triton() is not None
 
 
 @functools.cache
-def _two_pass() -> Any:
-    """The Triton kernels, None where there are none; imported here alone, since most users of a CPU have no Triton."""
+def _triton() -> Any:
+    """What launches the Triton kernels, None where there is no Triton. Imported here alone: CPU users need none."""
     try:
-        return importlib.import_module("monarch_fx.kernels.two_pass")
+        launch = importlib.import_module("monarch_fx.kernels.launch")
     except ImportError as error:
         warnings.warn(f"Monarch products run on slower kernels, without Triton: {error}.", MonarchWarning, stacklevel=2)
         return None
+    importlib.import_module("monarch_fx.kernels.fusion").install()
+    return launch
 
 
-def products(x: Tensor, R: Tensor, L: Tensor) -> Tensor:
-    """x (*, n_in * p) -> (*, n_out * s), contiguous."""
+def products(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+    """x (*, n_in * p) -> (*, n_out * s), contiguous; bias (n_out * s,), gate like the result."""
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
-    y, _ = two_products(x.reshape(-1, x.shape[-1]), R, L)
+        bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
+    rows = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate)):
+        y, _ = product_and_intermediate(rows, R, L, bias)  # an activation's own gradient is PyTorch's
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return reference.activated(y, gate, activation)
+    gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
+    y = product(rows, R, L, bias, gate, activation)
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-@torch.library.custom_op("monarch_fx_kernels::two_products", mutates_args=())
-def two_products(x: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    """x (tokens, n_in * p) -> y (tokens, n_out * s) and the intermediate (n_out, tokens, n_in * rank)."""
+def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+    """x (tokens, n_in * p) -> (tokens, n_out * s): ``act(M x + bias)``, or ``act(gate) * (M x + bias)``."""
+    x, R, L = _rows(x), R.contiguous(), L.contiguous()
+    y = x.new_empty(len(x), L.shape[0] * L.shape[3])
+    if len(x) == 0:
+        return y
+    gate = None if gate is None else _rows(gate)
     n_in, n_out, rank, p = R.shape
-    tokens = x.shape[0]
-    x, R, L = x if x.stride(1) == 1 else x.contiguous(), R.contiguous(), L.contiguous()
-    t, y = _outputs(x, R, L)
-    if tokens == 0:
-        return y, t
-    if n_in == 1:
-        torch.mm(x, R.flatten(0, 2).mT, out=t.transpose(0, 1).flatten(1))
-    elif 2 * tokens * n_in * rank * p >= CUBLAS_FLOPS:
-        for j in range(n_out):
-            torch.bmm(_blocks(x, n_in), R[:, j].mT, out=_blocks(t[j], n_in))
-    else:
-        _two_pass().first_pass(x, R, t)
-    if tokens <= FEW_TOKENS:
-        _two_pass().second_pass(t, L, y)
-    else:
-        torch.bmm(t, L.flatten(1, 2), out=_blocks(y, n_out))
+    if x.is_cuda and is_fused(len(x), n_in, n_out, rank, p, L.shape[3]):
+        launch = _triton()
+        if launch.described(x, R, L, y) and _ran(
+            "one kernel", (*R.shape, L.shape[3]), launch.whole, x, R, L, y, bias, gate, activation
+        ):
+            return y
+    _second(_first(x, R), L, y, bias, gate, activation)
+    return y
+
+
+def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (tokens, n_in * p) -> (tokens, n_out * s), and the intermediate (n_out, tokens, n_in * rank) for gradients."""
+    x, R, L = _rows(x), R.contiguous(), L.contiguous()
+    y = x.new_empty(len(x), L.shape[0] * L.shape[3])
+    t = _first(x, R)
+    if len(x):
+        _second(t, L, y, bias, None, "none")
     return y, t
 
 
-def _outputs(x: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
+def _first(x: Tensor, R: Tensor) -> Tensor:
+    """The intermediate (n_out, tokens, n_in * rank)."""
+    n_in, n_out, rank, p = R.shape
+    tokens, t = len(x), _intermediate(x, R)
+    if tokens == 0:
+        return t
+    if n_in == 1 and (tokens > FEW_TOKENS or not x.is_cuda):  # its plain result is what the second half reads
+        torch.mm(x, R.flatten(0, 2).mT, out=t.transpose(0, 1).flatten(1))
+        return t
+    if x.is_cuda:
+        launch = _triton()
+        is_large = 2 * tokens * n_in * rank * p >= STRIDED_FLOPS
+        suits = not is_large or (p % 64 == 0 and launch.described(x, R))
+        if suits and _ran("the first half", R.shape, launch.first_half, x, R, t):
+            return t
+    for j in range(n_out):
+        torch.bmm(_blocks(x, n_in), R[:, j].mT, out=_blocks(t[j], n_in))
+    return t
+
+
+def _second(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
+    """Writes ``y`` (tokens, n_out * s)."""
+    n_out, tokens = L.shape[0], t.shape[1]
+    is_plain = gate is None and activation == "none" and (bias is None or n_out == 1)
+    own = t.is_cuda and (tokens <= FEW_TOKENS or not is_plain)
+    if own and _ran("the second half", L.shape, _triton().second_half, t, L, y, bias, gate, activation):
+        return
+    if n_out == 1 and bias is not None:
+        torch.addmm(bias, t[0], L.flatten(0, 2), out=y)
+    else:
+        torch.bmm(t, L.flatten(1, 2), out=_blocks(y, n_out))
+        if bias is not None:
+            y += bias
+    if gate is not None or activation != "none":
+        y.copy_(reference.activated(y, gate, activation))
+
+
+_failed: set[tuple[Any, ...]] = set()
+
+
+def _ran(what: str, sizes: tuple[int, ...] | torch.Size, kernel: Callable[..., None], *operands: Any) -> bool:
+    """Runs a Triton kernel; where it can't be compiled or launched says so once for these sizes, and returns False."""
+    if (what, sizes) in _failed:
+        return False
+    try:
+        kernel(*operands)
+    except (importlib.import_module("triton.errors").TritonError, RuntimeError) as error:
+        _failed.add((what, sizes))
+        x = operands[0]
+        warnings.warn(
+            f"The Triton kernel for {what} of a Monarch product failed on {tuple(x.shape)} {x.dtype}, factor sizes "
+            f"{sizes}: {type(error).__name__}: {str(error)[:500]}. Batched products run instead, slower.",
+            MonarchWarning,
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _intermediate(x: Tensor, R: Tensor) -> Tensor:
     (n_in, n_out, rank, _), tokens = R.shape, x.shape[0]
-    y = x.new_empty(tokens, n_out * L.shape[3])
-    if n_in == 1:  # the first product's own result is already what the second one reads
-        return x.new_empty(tokens, n_out, rank).transpose(0, 1), y
-    return x.new_empty(n_out, tokens, n_in * rank), y
+    if n_in == 1:
+        return x.new_empty(tokens, n_out, rank).transpose(0, 1)
+    return x.new_empty(n_out, tokens, n_in * rank)
 
 
 def _blocks(x: Tensor, count: int) -> Tensor:
@@ -91,38 +167,52 @@ def _blocks(x: Tensor, count: int) -> Tensor:
     return x.unflatten(1, (count, -1)).transpose(0, 1)
 
 
-@two_products.register_fake
-def _(x: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
-    t, y = _outputs(x, R, L)
-    return y, t
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:3], output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, R, L, t = ctx.saved_tensors
-    to_x, to_R, to_L = ctx.needs_input_grad
+    to_x, to_R, to_L, to_bias = ctx.needs_input_grad
+    grad_bias = grad.sum(0) if to_bias else None
     if torch.is_grad_enabled():  # a graph of the gradients is wanted: the intermediate must be in it
         y = reference.monarch_bmm(x, R, L)
-        wanted = [operand for operand, needed in zip((x, R, L), ctx.needs_input_grad, strict=True) if needed]
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True))
-        return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
+        wanted = [operand for operand, needed in zip((x, R, L), (to_x, to_R, to_L), strict=True) if needed]
+        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
+        return (*(next(found) if needed else None for needed in (to_x, to_R, to_L)), grad_bias)
     grad_x = grad_R = grad_L = None
     if to_x or to_R:
-        grad_x, grad_t = two_products(grad, L, R)  # grad_t (n_in, tokens, n_out * rank)
+        grad_x, grad_t = product_and_intermediate(grad, L, R, None)  # grad_t (n_in, tokens, n_out * rank)
         grad_R = torch.bmm(grad_t.mT, _blocks(x, R.shape[0])).view_as(R) if to_R else None
     if to_L:
         grad_L = torch.bmm(t.mT, _blocks(grad, L.shape[0])).view_as(L)
-    return grad_x, grad_R, grad_L
+    return grad_x, grad_R, grad_L, grad_bias
 
 
-two_products.register_autograd(_backward, setup_context=_save)
+def _fake_product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+    return x.new_empty(x.shape[0], L.shape[0] * L.shape[3])
 
 
-@register_flop_formula(torch.ops.monarch_fx_kernels.two_products)
+def _fake_product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[0], L.shape[0] * L.shape[3]), _intermediate(x, R)
+
+
+# Without torch.library.custom_op, whose wrapper takes longer than some of the kernels
+_LIBRARY = torch.library.Library("monarch_fx_kernels", "FRAGMENT")
+_EXACT = {"tags": (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)}
+_LIBRARY.define("product(Tensor x, Tensor R, Tensor L, Tensor? bias, Tensor? gate, str activation) -> Tensor", **_EXACT)
+_LIBRARY.define("product_and_intermediate(Tensor x, Tensor R, Tensor L, Tensor? bias) -> (Tensor, Tensor)", **_EXACT)
+_LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
+_LIBRARY.impl("product_and_intermediate", _product_and_intermediate, "CompositeExplicitAutograd")
+product = torch.ops.monarch_fx_kernels.product.default
+product_and_intermediate = torch.ops.monarch_fx_kernels.product_and_intermediate.default
+torch.library.register_fake(product, _fake_product, lib=_LIBRARY)
+torch.library.register_fake(product_and_intermediate, _fake_product_and_intermediate, lib=_LIBRARY)
+torch.library.register_autograd(product_and_intermediate, _backward, setup_context=_save, lib=_LIBRARY)
+
+
+@register_flop_formula([torch.ops.monarch_fx_kernels.product, torch.ops.monarch_fx_kernels.product_and_intermediate])
 def _flops(x: torch.Size, R: torch.Size, L: torch.Size, *args: Any, **kwargs: Any) -> int:
     n_in, n_out, rank, p = R
     return 2 * x[0] * n_in * n_out * rank * (p + L[3])

@@ -4,25 +4,44 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.compiler.config
 from torch import Tensor, fx
 
-from monarch_fx.errors import StructureError
+from monarch_fx.errors import ConfigError, StructureError
 from monarch_fx.kernels import gpu, grouped, reference
 
 
-def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None) -> Tensor:
-    if gpu.serves(x, R):
-        y = gpu.products(reference.padded(x, R.shape[0] * R.shape[3]), R, L)
-        return reference.finished(y, bias, out_features)
-    return reference.monarch_bmm(x, R, L, bias, out_features=out_features)
+def _product(
+    x: Tensor,
+    R: Tensor,
+    L: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
+) -> Tensor:
+    if not gpu.serves(x, R):
+        y = reference.monarch_bmm(x, R, L, bias, out_features=out_features)
+        return reference.activated(y, gate, activation)
+    x = reference.padded(x, R.shape[0] * R.shape[3])
+    rows = L.shape[0] * L.shape[3]
+    if (out_features is None or out_features == rows) and (bias is None or bias.dim() == 1):
+        bias = None if bias is None else bias.expand(rows)
+        return gpu.products(x, R, L, bias, gate, activation)
+    y = reference.finished(gpu.products(x, R, L, None, None, "none"), bias, out_features)
+    return reference.activated(y, gate, activation)
 
 
 # Composite: one node in traces and exports, while autograd, functorch, autocast and Inductor see the ATen ops inside.
 _LIBRARY = torch.library.Library("monarch_fx", "FRAGMENT")
-_LIBRARY.define("monarch_bmm(Tensor x, Tensor R, Tensor L, Tensor? bias=None, *, SymInt? out_features=None) -> Tensor")
+_LIBRARY.define(
+    "monarch_bmm(Tensor x, Tensor R, Tensor L, Tensor? bias=None, *, SymInt? out_features=None, "
+    'str activation="none", Tensor? gate=None) -> Tensor'
+)
 _LIBRARY.define("monarch_grouped_mm(Tensor x, Tensor R, Tensor L, Tensor offs, *, SymInt? out_features=None) -> Tensor")
 _LIBRARY.impl("monarch_bmm", _product, "CompositeImplicitAutograd")
 _LIBRARY.impl("monarch_grouped_mm", grouped.monarch_grouped_mm, "CompositeImplicitAutograd")
@@ -41,7 +60,14 @@ _tag_compile_caches()
 
 
 def monarch_bmm(
-    x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None = None, *, out_features: int | None = None
+    x: Tensor,
+    R: Tensor,
+    L: Tensor,
+    bias: Tensor | None = None,
+    *,
+    out_features: int | None = None,
+    activation: str = "none",
+    gate: Tensor | None = None,
 ) -> Tensor:
     """Multiplies rows with a Monarch matrix: ``y_j = sum_k L[j, k]^T R[j, k] x_k + bias_j``.
 
@@ -54,13 +80,22 @@ def monarch_bmm(
         L: (nblocks_out, nblocks_in, rank, s), or with the same B in front.
         bias: (out_features,), or anything that broadcasts to the result.
         out_features: Rows of the matrix where the grid pads it; default ``nblocks_out * s``.
+        activation: ``"none"``, ``"relu"``, ``"silu"``, ``"gelu"`` or ``"gelu_tanh"``, applied to the result, or to
+            ``gate`` where there is one. On a GPU in half precision it costs no pass of its own, and GELU is within 3e-6
+            of the exact one before rounding. ``torch.compile`` finds activations behind a product by itself.
+        gate: Like the result, which becomes ``activation(gate) * result``: the middle of a gated MLP.
 
     Returns:
         (*, out_features).
 
     Raises:
         StructureError: The shapes of the arguments disagree, or their dtypes do outside autocast.
+        ConfigError: There is no such activation.
     """
+    if activation not in reference.ACTIVATIONS:
+        raise ConfigError(
+            f"activation must be one of {', '.join(map(repr, reference.ACTIVATIONS))}, got {activation!r}."
+        )
     if not _symbolic(x, R):
         _check(x, R, L, bias, out_features)
         if R.dim() == 5 and (x.dim() != 3 or x.shape[0] != R.shape[0]):
@@ -68,7 +103,11 @@ def monarch_bmm(
                 f"A batch of {R.shape[0]} matrices multiplies x of shape ({R.shape[0]}, tokens, in_features), "
                 f"got {tuple(x.shape)}."
             )
-    return torch.ops.monarch_fx.monarch_bmm(x, R, L, bias, out_features=out_features)
+        rows = L.shape[-4] * L.shape[-1] if out_features is None else out_features
+        if gate is not None and gate.shape != (*x.shape[:-1], rows):
+            raise StructureError(f"The gate must be like the result, {(*x.shape[:-1], rows)}, got {tuple(gate.shape)}.")
+    options: dict[str, Any] = {} if activation == "none" and gate is None else {"activation": activation, "gate": gate}
+    return torch.ops.monarch_fx.monarch_bmm(x, R, L, bias, out_features=out_features, **options)
 
 
 def monarch_grouped_mm(x: Tensor, R: Tensor, L: Tensor, offs: Tensor, *, out_features: int | None = None) -> Tensor:

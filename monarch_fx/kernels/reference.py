@@ -5,9 +5,20 @@ That transpose is the only copy of its own: bias and activation fuse into the on
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+}
 
 
 def monarch_bmm(
@@ -59,3 +70,8 @@ def finished(y: Tensor, bias: Tensor | None, out_features: int | None) -> Tensor
     if bias is None:
         return y.contiguous()  # as linear's result: callers take views of it
     return y + bias.to(y.dtype)  # autocast: a float32 bias must not widen the result
+
+
+def activated(y: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """``act(y)``, or ``act(gate) * y``."""
+    return ACTIVATIONS[activation](y) if gate is None else ACTIVATIONS[activation](gate) * y

@@ -1,0 +1,393 @@
+"""Training steps and inference of whole models on a GPU: bfloat16, random weights, against the compiled dense model.
+
+Every variant takes turns with the dense model, which stays loaded. "free" has no products at all where the others have
+Monarch ones: no linear layer can be faster.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import monarch_fx as mfx
+from benchmarks.gate import check_bfloat16
+from benchmarks.registry import BENCHMARKS, Benchmark, Table
+from benchmarks.timing import graphed, time_alternating
+from monarch_fx.layers import MonarchWeight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+VARIANTS = {
+    "mixed plan": None,
+    "4x4": mfx.MonarchConfig(nblocks=4),
+    "low rank": mfx.MonarchConfig(nblocks=1),
+    "2x2": mfx.MonarchConfig(nblocks=2),
+}
+HEADER = ("variant", "ms", "against compiled dense", "kept", "rewritten", "predicted")
+RECOMPILES = 64  # of the same code: the layers of all variants
+POSITIONS = re.compile(r"wpe|position_embeddings")
+
+Inputs = dict[str, Any]
+Step = Callable[[], Tensor]
+Run = Callable[[Any, Inputs, bool], Step]  # of a model, its inputs, and whether to compile
+
+
+def training(model: nn.Module, inputs: Inputs, compiled: bool) -> Step:
+    """Forward, loss, backward, fused AdamW; gives the learned positions' gradient, which has come through every layer.
+
+    The learning rate is zero: each step does all of its work, and is the same.
+    """
+    model.train()
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    positions = next(p for name, p in model.named_parameters() if POSITIONS.search(name))
+
+    @torch.enable_grad()
+    def step() -> Tensor:
+        forward(**inputs).loss.backward()
+        gradient = positions.grad
+        assert gradient is not None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return gradient
+
+    return step
+
+
+def inference(model: nn.Module, inputs: Inputs, compiled: bool) -> Step:
+    forward = torch.compile(model.eval()) if compiled else model.eval()
+    return lambda: forward(**inputs)[0]
+
+
+def prefill(model: Any, inputs: Inputs, compiled: bool) -> Step:
+    """Logits of the last token; the layers, which are alike, are compiled one at a time and so only once."""
+    model.eval()
+    layers = [torch.compile(layer) if compiled else layer for layer in model.model.layers]
+    rotary = model.model.rotary_emb
+
+    def step() -> Tensor:
+        hidden = model.model.embed_tokens(inputs["input_ids"])
+        angles = rotary(hidden, inputs["position_ids"])
+        for layer, cache in zip(layers, inputs["caches"], strict=True):
+            hidden = layer(hidden, position_embeddings=angles, past_key_values=cache)
+        return model.lm_head(model.model.norm(hidden[:, -1:]))
+
+    return step
+
+
+def decode(model: Any, inputs: Inputs, compiled: bool) -> Step:
+    """The same for one token after those in the caches; compiled, it is replayed as a CUDA graph."""
+    step = prefill(model, inputs, compiled)
+    return graphed(step) if compiled and DEVICE == "cuda" else step
+
+
+ROUNDS: dict[Run, int] = {training: 12, inference: 20, prefill: 20, decode: 100}
+
+
+@dataclass(frozen=True)
+class Work:
+    """A model and what it does.
+
+    Attributes:
+        build: Makes the model on the default device.
+        inputs: Makes what ``run`` needs, on the default device.
+        run: ``training``, ``inference``, ``prefill`` or ``decode``.
+        tokens: Rows of the activations.
+        budget: Share of the parameters that is kept.
+        target: Wanted speed of the mixed plan against compiled dense.
+        target_over_eager: The same against eager dense.
+        target_of_saving: Share that is wanted of what the budget promises to save, which is 1 - ``budget`` of the time
+            between the dense model and the free one.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Inputs]
+    run: Run
+    tokens: int
+    budget: float
+    target: float | None = None
+    target_over_eager: float | None = None
+    target_of_saving: float | None = None
+
+    def model(self, device: str = DEVICE) -> nn.Module:
+        with torch.device(device):
+            return self.build().bfloat16()
+
+    def plan(self, config: mfx.MonarchConfig | None) -> mfx.Plan:
+        workload = "training" if self.run is training else "inference"
+        twin = self.model("meta")
+        return mfx.plan(twin, self.budget, tokens=self.tokens, workload=workload, config=config)
+
+
+def race(work: Work) -> Iterator[Table]:
+    """One row a variant, each timed in turns with the compiled dense model; the table is given after every row."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = RECOMPILES
+    table = Table(HEADER)
+    with torch.device(DEVICE):
+        inputs = work.inputs()
+    model = work.model()
+    dense = _ready(work, "dense", model, inputs)
+    speed: dict[str, float] = {}
+
+    def row(name: str, samples: dict[str, list[float]], *cells: str) -> Table:
+        base, own = (statistics.median(seconds) for seconds in samples.values())
+        speed[name] = base / own
+        table.rows.append((name, f"{own * 1e3:.2f}", f"{speed[name]:.2f}x", *(cells or ("-", "-", "-"))))
+        table.raw[name] = {"seconds": samples}
+        table.targets = []
+        _targets(work, table, speed)
+        return table
+
+    samples = time_alternating({"dense": dense, "itself": dense}, {}, ROUNDS[work.run])
+    row("dense compiled", samples)
+    mixed = work.plan(None)
+    yield row("free", _against(dense, work, "free", lambda: without_products(work.model(), mixed), inputs))
+    for name, config in VARIANTS.items():
+        plan = mixed if config is None else work.plan(config)
+        samples = _against(dense, work, name, functools.partial(_rewritten, work, plan), inputs)
+        saved = sum(d.dense_s - d.time_s for d in plan.decisions)
+        seconds = statistics.median(samples["dense"])
+        predicted = f"{seconds / (seconds - saved):.2f}x"
+        row(name, samples, f"{plan.reached:.3f}", f"{plan.rewritten_share:.0%}", predicted)
+        table.raw[name]["plan"] = str(plan)
+        yield table
+    racers = {"dense": dense, "eager": work.run(model, inputs, False)}
+    yield row("dense eager", time_alternating(racers, {}, ROUNDS[work.run]))
+
+
+def _targets(work: Work, table: Table, speed: dict[str, float]) -> None:
+    if "mixed plan" not in speed:
+        return
+    reached = speed["mixed plan"]
+    if work.target is not None:
+        table.target("mixed plan", reached, work.target)
+    if work.target_of_saving is not None:
+        saving = work.target_of_saving * (1 - work.budget) * (1 - 1 / speed["free"])
+        table.target(f"mixed plan, {work.target_of_saving:g} of the saving promised", reached, 1 / (1 - saving))
+    if work.target_over_eager is not None and "dense eager" in speed:
+        table.target("mixed plan against eager dense", reached / speed["dense eager"], work.target_over_eager)
+
+
+def _rewritten(work: Work, plan: mfx.Plan) -> nn.Module:
+    return mfx.monarchify(work.model(), plan=plan, init="random", inplace=True)
+
+
+def _against(
+    dense: Step, work: Work, name: str, make: Callable[[], nn.Module], inputs: Inputs
+) -> dict[str, list[float]]:
+    """Makes a variant, times it in turns with the dense model, and frees it."""
+    racers = {"dense": dense, name: _ready(work, name, make(), inputs)}
+    samples = time_alternating(racers, {}, ROUNDS[work.run])
+    del racers
+    _free_memory()
+    return samples
+
+
+def _ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> Step:
+    """The compiled step of ``model``, whose result has passed the gate."""
+    with torch.no_grad():
+        reference = mfx.to_dense(model)
+        expected = work.run(reference, inputs, False)()
+        leaves = sum(not any(module.children()) for module in reference.modules())
+        rewritten = sum(isinstance(module, MonarchWeight) for module in model.modules())
+        roundings = leaves + 2 * rewritten  # of the intermediate, and of the factors' product in the dense weight
+        del reference
+        _free_memory()
+        step = work.run(model, inputs, True)
+        check_bfloat16(f"{work.name}, {name}", step(), expected, roundings * (2 if work.run is training else 1))
+    return step
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+class Free(nn.Module):
+    """In the place of a linear layer: as many features, the input's own, over and over."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self.out_features = out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        times = math.ceil(self.out_features / x.shape[-1])
+        return (x if times == 1 else torch.cat([x] * times, -1))[..., : self.out_features]
+
+
+def without_products(model: nn.Module, plan: mfx.Plan) -> nn.Module:
+    """``model``, whose linear layers that the plan decides on are ``Free``, rewritten or not."""
+    for decision in plan.decisions:
+        layer = decision.candidate.parameter.rpartition(".")[0]
+        model.set_submodule(layer, Free(decision.candidate.out_features))
+    return model
+
+
+class LayerCache:
+    """Keys and values of a layer for ``length`` tokens; the last place is written by every step again."""
+
+    def __init__(self, batch: int, heads: int, length: int, head_dim: int) -> None:
+        self.keys = torch.randn(batch, heads, length, head_dim, dtype=torch.bfloat16)
+        self.values = torch.randn(batch, heads, length, head_dim, dtype=torch.bfloat16)
+        self.place = torch.tensor([length - 1])
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        self.keys.index_copy_(2, self.place, keys)
+        self.values.index_copy_(2, self.place, values)
+        return self.keys, self.values
+
+
+def gpt2(**sizes: Any) -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **sizes))
+    model.loss_type = "ForCausalLM"  # it is what the model falls back to, with a warning that breaks the graph
+    return model
+
+
+def vit(**sizes: Any) -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    return ViTForImageClassification(ViTConfig(problem_type="single_label_classification", num_labels=1000, **sizes))
+
+
+def bert(masked: bool, **sizes: Any) -> nn.Module:
+    from transformers import BertConfig, BertForMaskedLM, BertModel
+
+    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+    return BertForMaskedLM(config) if masked else BertModel(config)
+
+
+def llama(**sizes: Any) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(use_cache=False, **sizes))
+
+
+def text(vocabulary: int, batch: int, length: int, labels: bool) -> Inputs:
+    tokens = torch.randint(vocabulary, (batch, length))
+    return {"input_ids": tokens, "labels": tokens} if labels else {"input_ids": tokens}
+
+
+def images(batch: int, size: int = 224) -> Inputs:
+    pixels = torch.randn(batch, 3, size, size, dtype=torch.bfloat16)
+    return {"pixel_values": pixels, "labels": torch.randint(1000, (batch,))}
+
+
+def prompt(sizes: dict[str, int], length: int) -> Inputs:
+    tokens, positions = torch.randint(sizes["vocab_size"], (1, length)), torch.arange(length)[None]
+    return {"input_ids": tokens, "position_ids": positions, "caches": [None] * sizes["num_hidden_layers"]}
+
+
+def next_token(sizes: dict[str, int], batch: int, length: int) -> Inputs:
+    shape = batch, sizes["num_key_value_heads"], length, sizes["hidden_size"] // sizes["num_attention_heads"]
+    tokens, positions = torch.randint(sizes["vocab_size"], (batch, 1)), torch.full((1, 1), length - 1)
+    caches = [LayerCache(*shape) for _ in range(sizes["num_hidden_layers"])]
+    return {"input_ids": tokens, "position_ids": positions, "caches": caches}
+
+
+GPT2_MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16}
+BERT_LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}
+LLAMA_8B = {
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+build_llama = functools.partial(llama, **LLAMA_8B)
+
+WORKS = (
+    Work(
+        "gpt2-small-train",
+        "A training step of GPT-2 small, 16 x 1024 tokens, budget 0.35.",
+        gpt2,
+        functools.partial(text, 50257, 16, 1024, labels=True),
+        training,
+        tokens=16 * 1024,
+        budget=0.35,
+        target_over_eager=2.0,
+        target_of_saving=0.9,
+    ),
+    Work(
+        "gpt2-medium-train",
+        "A training step of GPT-2 medium, 16 x 1024 tokens, budget 0.35.",
+        functools.partial(gpt2, **GPT2_MEDIUM),
+        functools.partial(text, 50257, 16, 1024, labels=True),
+        training,
+        tokens=16 * 1024,
+        budget=0.35,
+    ),
+    Work(
+        "vit-train",
+        "A training step of ViT-B/16, 128 images, budget 0.5.",
+        vit,
+        functools.partial(images, 128),
+        training,
+        tokens=128 * 197,
+        budget=0.5,
+    ),
+    Work(
+        "bert-large-train",
+        "A training step of BERT-large with its language modelling head, 32 x 512 tokens, budget 0.5.",
+        functools.partial(bert, True, **BERT_LARGE),
+        functools.partial(text, 30522, 32, 512, labels=True),
+        training,
+        tokens=32 * 512,
+        budget=0.5,
+    ),
+    Work(
+        "bert-large-infer",
+        "Inference of BERT-large without a head, 32 x 512 tokens, budget 0.5.",
+        functools.partial(bert, False, **BERT_LARGE),
+        functools.partial(text, 30522, 32, 512, labels=False),
+        inference,
+        tokens=32 * 512,
+        budget=0.5,
+    ),
+    Work(
+        "llama-prefill",
+        "Llama-8B's shape on a prompt of 4096 tokens, logits of the last one, budget 0.5.",
+        build_llama,
+        functools.partial(prompt, LLAMA_8B, 4096),
+        prefill,
+        tokens=4096,
+        budget=0.5,
+        target=1.5,
+    ),
+    Work(
+        "llama-decode-1",
+        "Llama-8B's shape, one token with a cache of 512, as a CUDA graph, budget 0.5.",
+        build_llama,
+        functools.partial(next_token, LLAMA_8B, 1, 512),
+        decode,
+        tokens=1,
+        budget=0.5,
+        target=1.6,
+    ),
+    Work(
+        "llama-decode-16",
+        "Llama-8B's shape, one token for each of 16 sequences with caches of 512, as a CUDA graph, budget 0.5.",
+        build_llama,
+        functools.partial(next_token, LLAMA_8B, 16, 512),
+        decode,
+        tokens=16,
+        budget=0.5,
+    ),
+)
+
+for work in WORKS:
+    BENCHMARKS[work.name] = Benchmark(work.name, work.summary, functools.partial(race, work))

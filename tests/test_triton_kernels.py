@@ -1,0 +1,120 @@
+"""The Triton kernels in Triton's interpreter, or on a GPU where there is one, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import monarch_fx as mfx
+from monarch_fx.kernels import choice
+from monarch_fx.kernels.reference import ACTIVATIONS, activated
+
+pytest.importorskip("triton")
+launch = pytest.importorskip("monarch_fx.kernels.launch")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = torch.finfo(torch.float16).eps
+# tokens, n_in, n_out, rank, p, s: one row, ragged tiles, ranks and blocks that no tile divides, a single row of blocks,
+# and blocks that tensor descriptors take
+SHAPES = [
+    (1, 2, 3, 8, 40, 24),
+    (3, 4, 1, 16, 70, 33),
+    (63, 3, 2, 20, 33, 50),
+    (130, 2, 2, 16, 64, 140),
+    (500, 2, 2, 24, 64, 64),
+    (65, 1, 2, 16, 64, 64),
+]
+TILES = [tile for tile in vars(choice).values() if isinstance(tile, choice.Tile)]
+EPILOGUES = [(True, False, name) for name in ACTIVATIONS] + [(False, True, "silu"), (True, True, "gelu")]
+
+
+def operands(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> tuple[torch.Tensor, ...]:
+    """x with rows that lie apart, R, L, and results full of NaN."""
+    R = torch.randn(n_in, n_out, rank, p, dtype=torch.float16, device=DEVICE) / math.sqrt(p)
+    L = torch.randn(n_out, n_in, rank, s, dtype=torch.float16, device=DEVICE) / math.sqrt(n_in * rank)
+    x = torch.randn(tokens, n_in * p + 8, dtype=torch.float16, device=DEVICE)[:, : n_in * p]
+    t = torch.full((n_out, tokens, n_in * rank), float("nan"), dtype=torch.float16, device=DEVICE)
+    y = torch.full((tokens, n_out * s), float("nan"), dtype=torch.float16, device=DEVICE)
+    return x, R, L, t, y
+
+
+def check(x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, y: torch.Tensor, *epilogue: object) -> None:
+    bias, gate, activation = epilogue
+    exact = mfx.Monarch(R.double(), L.double())(x.double())
+    scale = mfx.Monarch(R.double().abs(), L.double().abs())(x.double().abs())
+    if bias is not None:
+        exact, scale = exact + bias.double(), scale + bias.double().abs()
+    exact = activated(exact, None if gate is None else gate.double(), activation)
+    if gate is not None:
+        scale = scale * gate.double().abs() * 1.2
+    # the intermediate is rounded, which every activation passes on with a slope of at most 1.2, and so is the result;
+    # sums are in float32; GELU is within 3e-6
+    assert ((y.double() - exact).abs() <= 3 * EPS * scale + 4e-6).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_two_halves(shape: tuple[int, ...]) -> None:
+    x, R, L, t, y = operands(*shape)
+    launch.first_half(x, R, t)
+    launch.second_half(t, L, y, None, None, "none")
+    check(x, R, L, y, None, None, "none")
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_every_tile(tile: choice.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where programs walk over several tiles, and a last one is cut off."""
+    monkeypatch.setattr(launch, "first_tile", lambda *sizes, **features: tile)
+    monkeypatch.setattr(launch, "second_tile", lambda *sizes, **features: tile)
+    s = 256 if tile.per_unit else 72  # a described tile stays in one block
+    x, R, L, t, y = operands(150, 2, 2, 40, 128, s)
+    launch.first_half(x, R, t)
+    launch.second_half(t, L, y, None, None, "none")
+    check(x, R, L, y, None, None, "none")
+
+
+@pytest.mark.parametrize(("with_bias", "gated", "activation"), EPILOGUES)
+@pytest.mark.parametrize("kernel", ["tiles", "persistent", "fused"])
+def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -> None:
+    tokens, s = (40, 50) if kernel == "tiles" else (130, 128)
+    x, R, L, t, y = operands(tokens, 2, 2, 24, 64, s)
+    bias = torch.randn(2 * s, dtype=torch.float16, device=DEVICE) if with_bias else None
+    gate = torch.randn(tokens, 2 * s + 8, dtype=torch.float16, device=DEVICE)[:, : 2 * s] if gated else None
+    if kernel == "fused":
+        launch.whole(x, R, L, y, bias, gate, activation)
+    else:
+        launch.first_half(x, R, t)
+        launch.second_half(t, L, y, bias, gate, activation)
+    check(x, R, L, y, bias, gate, activation)
+
+
+@pytest.mark.parametrize("shape", [(100, 3, 3, 16, 64, 64), (64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192)])
+def test_one_kernel_for_the_whole_product(shape: tuple[int, ...]) -> None:
+    x, R, L, _, y = operands(*shape)
+    assert launch.described(x, R, L, y)
+    launch.whole(x, R, L, y, None, None, "none")
+    check(x, R, L, y, None, None, "none")
+
+
+def test_what_can_be_described() -> None:
+    x = torch.zeros(8, 64, dtype=torch.float16, device=DEVICE)
+    if not launch.has_hopper_features(x.device):
+        pytest.skip("an older GPU describes nothing")
+    assert launch.described(x)
+    assert not launch.described(x[:, 1:])  # not aligned
+    assert not launch.described(x.T)
+    assert not launch.described(x[:1].expand(8, 64))
+    assert not launch.described(torch.zeros(8, 60, dtype=torch.float16, device=DEVICE))
+
+
+def test_activations_at_their_ends() -> None:
+    """Large values pass, or vanish, and nothing overflows on the way."""
+    x, R, L, t, y = operands(16, 1, 1, 16, 16, 64)
+    R[:], L[:] = 0, 0
+    values = torch.tensor([-6e4, -30, -8, -3, -1e-4, 0, 1e-4, 3, 8, 30, 6e4], device=DEVICE, dtype=torch.float16)
+    bias = torch.nn.functional.pad(values, (0, 64 - len(values)))
+    for name, activation in ACTIVATIONS.items():
+        launch.first_half(x, R, t)
+        launch.second_half(t, L, y, bias, None, name)
+        exact = activation(bias.double()).expand(16, 64)
+        assert ((y.double() - exact).abs() <= EPS * exact.abs() + 4e-6).all(), name
