@@ -16,6 +16,7 @@ import torch
 import benchmarks.cpu
 import benchmarks.gpu
 import benchmarks.gpu_models
+import benchmarks.nodes
 import benchmarks.planning  # noqa: F401  (registers its benchmarks)
 from benchmarks.registry import BENCHMARKS, Benchmark, Table
 

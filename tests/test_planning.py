@@ -168,7 +168,7 @@ class TestSolver:
 
     def test_of_options_with_about_the_same_error_the_fastest_is_taken(self) -> None:
         chosen = Option(None, 0.5, 2.0, 10)
-        faster, bigger, worse = Option(None, 0.52, 1.0, 10), Option(None, 0.5, 0.5, 11), Option(None, 0.53, 0.5, 9)
+        faster, bigger, worse = Option(None, 0.505, 1.0, 10), Option(None, 0.5, 0.5, 11), Option(None, 0.52, 0.5, 9)
         assert fastest_alike([bigger, chosen, worse, faster], chosen) == faster
         assert fastest_alike([bigger, chosen, worse], chosen) == chosen
 

@@ -81,7 +81,8 @@ def monarch_seconds(
         many = np.where(is_large, seconds("strided", "library"), seconds("own", "library"))
     else:
         many = seconds("own", "library")
-    if workload == "inference" and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, rank, shape.p, shape.s):
+    has_fused = profile.fused_efficiency > 0 and workload == "inference"
+    if has_fused and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, rank, shape.p, shape.s):
         held = max(16, 1 << (rank - 1).bit_length())
         many = np.where(rows >= choice.FUSED_TOKENS, _function("fused", workload, held)(*sizes, *constants), many)
     return np.where(rows <= choice.FEW_TOKENS, seconds("own", "own"), many)

@@ -34,7 +34,7 @@ class DeviceProfile:
         kernel_launch_s: Their ``launch_s``.
         kernel_overlap: Their ``overlap``.
         kernel_fill: Their ``fill``.
-        fused_efficiency: ``kernel_efficiency`` of the one that runs a whole product.
+        fused_efficiency: ``kernel_efficiency`` of the one that runs a whole product; 0 where none does (before Hopper).
 
     Raises:
         DeviceProfileError: A number is not finite, negative, or zero where it must not be.
@@ -54,7 +54,7 @@ class DeviceProfile:
     kernel_launch_s: float = 0.0
     kernel_overlap: float = 1.0
     kernel_fill: float = 0.0
-    fused_efficiency: float = 1.0
+    fused_efficiency: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -71,7 +71,7 @@ class DeviceProfile:
                     f"Known: {', '.join(DTYPE_BYTES)}."
                 )
             self._check(f"peak_flops[{dtype!r}]", value, positive=True)
-        for name in ("bandwidth_bytes_per_s", "copy_bytes_per_s", "tile", "units", "fused_efficiency"):
+        for name in ("bandwidth_bytes_per_s", "copy_bytes_per_s", "tile", "units"):
             self._check(name, getattr(self, name), positive=True)
         for name in (
             "launch_s",
@@ -81,6 +81,7 @@ class DeviceProfile:
             "kernel_launch_s",
             "kernel_overlap",
             "kernel_fill",
+            "fused_efficiency",
         ):
             self._check(name, getattr(self, name), positive=False)
         for name in ("overlap", "kernel_overlap"):

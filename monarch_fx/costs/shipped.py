@@ -12,7 +12,6 @@ _GPU = {
     "kernel_launch_s": 1.7e-6,
     "kernel_overlap": 0.47,
     "kernel_fill": 0.0,
-    "fused_efficiency": 0.73,
 }
 
 SHIPPED = {
@@ -58,6 +57,7 @@ SHIPPED = {
             tile=64,
             units=132,
             **_GPU,
+            fused_efficiency=0.73,
         ),
         DeviceProfile(
             name="h200",
@@ -71,6 +71,7 @@ SHIPPED = {
             tile=64,
             units=132,
             **_GPU,
+            fused_efficiency=0.73,
         ),
         DeviceProfile(
             name="rtx4090",

@@ -70,16 +70,19 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     y = x.new_empty(len(x), L.shape[0] * L.shape[3])
     if len(x) == 0:
         return y
-    gate = None if gate is None else _rows(gate)
-    n_in, n_out, rank, p = R.shape
-    if x.is_cuda and is_fused(len(x), n_in, n_out, rank, p, L.shape[3]):
-        launch = _triton()
-        if launch.described(x, R, L, y) and _ran(
-            "one kernel", (*R.shape, L.shape[3]), launch.whole, x, R, L, y, bias, gate, activation
-        ):
-            return y
-    _second(_first(x, R), L, y, bias, gate, activation)
+    bias, gate = None if bias is None else bias.contiguous(), None if gate is None else _rows(gate)
+    if not _ran_whole(x, R, L, y, bias, gate, activation):
+        _second(_first(x, R), L, y, bias, gate, activation)
     return y
+
+
+def _ran_whole(x: Tensor, R: Tensor, L: Tensor, y: Tensor, *epilogue: Any) -> bool:
+    """Whether one kernel has run the whole product."""
+    sizes = (*R.shape, L.shape[3])
+    n_in, n_out, rank, p, s = sizes
+    if not (x.is_cuda and is_fused(len(x), n_in, n_out, rank, p, s) and _triton().described(x, R, L, y)):
+        return False
+    return _ran("one kernel", sizes, _triton().whole, x, R, L, y, *epilogue)
 
 
 def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -88,7 +91,7 @@ def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | No
     y = x.new_empty(len(x), L.shape[0] * L.shape[3])
     t = _first(x, R)
     if len(x):
-        _second(t, L, y, bias, None, "none")
+        _second(t, L, y, None if bias is None else bias.contiguous(), None, "none")
     return y, t
 
 

@@ -14,7 +14,7 @@ from monarch_fx.planning.options import Option
 
 RELATIVE_GAP = 1e-4  # of the sum of errors
 TIME_LIMIT_S = 20.0
-ALIKE = 0.05  # squared errors that differ by less count as equal
+ALIKE = 0.02  # squared errors that differ by less count as equal
 
 
 def pareto(options: Sequence[Option]) -> list[Option]:
