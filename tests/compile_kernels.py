@@ -1,0 +1,97 @@
+"""Compiles every Triton kernel that ``choice`` can ask for, without a GPU, for the architecture given.
+
+Run by ``test_triton_compile.py`` in a process of its own, since Triton either interprets or compiles. Prints one JSON
+line a kernel: its name, tile and epilogue, and the bytes of shared memory that it takes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from monarch_fx.kernels import choice, fused, launch, persistent, tiles
+from monarch_fx.kernels.choice import Tile
+
+UNITS = 132
+TOKENS = (1, 16, 17, 64, 100, 256, 1000, 4096, 16384)
+COLUMNS = (48, 64, 96, 128, 192, 256, 1024, 4096)
+BLOCKS = (1, 2, 4, 8)
+EPILOGUES = (("none", False), ("gelu", False), ("silu", True))
+
+
+def first_tiles(described: bool) -> set[Tile]:
+    sizes = itertools.product(TOKENS, COLUMNS, BLOCKS)
+    return {choice.first_tile(*size, UNITS, described=described) for size in sizes}
+
+
+def second_tiles(described: bool, activation: str, gated: bool) -> set[Tile]:
+    features = {"described": described, "activated": activation != "none", "gated": gated}
+    sizes = itertools.product(TOKENS, COLUMNS, (64, 256, 1024), BLOCKS)
+    return {choice.second_tile(*size, UNITS, **features) for size in sizes}
+
+
+def compiled(arch: int, kernel: Any, constants: dict[str, Any], warps: int, stages: int, **descriptors: str) -> int:
+    """Bytes of shared memory."""
+    kinds = {}
+    for name in kernel.arg_names:
+        kinds[name] = "constexpr" if name in constants else "*bf16" if name.endswith("_ptr") else "i32"
+    kinds |= descriptors
+    numbers = [i for i, name in enumerate(kernel.arg_names) if name not in constants and name not in descriptors]
+    source = ASTSource(
+        fn=kernel,
+        signature=kinds,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in numbers},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
+
+
+def block(*sizes: int) -> str:
+    return f"tensordesc<bf16{list(sizes)}>"
+
+
+def kernels(arch: int) -> Iterator[tuple[str, int]]:
+    new = arch >= 90
+    for tile in first_tiles(described=False) | (first_tiles(described=True) if new else set()):
+        sizes = {"M": tile.M, "N": tile.N, "K": tile.K, "PDL": new}
+        if tile.per_unit:
+            constants = {**sizes, "N_IN": 2, "UNITS": UNITS}
+            blocks = {"x_desc": block(tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
+            yield f"first {tile}", compiled(arch, persistent.first, constants, tile.warps, tile.stages, **blocks)
+        else:
+            yield f"first {tile}", compiled(arch, tiles.first, {**sizes, "EVEN": True}, tile.warps, tile.stages)
+    for activation, gated in EPILOGUES:
+        epilogue = {"BIAS": True, "ACT": activation, "GATED": gated, "FAST": True}
+        plain = second_tiles(False, activation, gated)
+        for tile in plain | (second_tiles(True, activation, gated) if new else set()):
+            sizes = {"M": tile.M, "N": tile.N, "K": tile.K, "PDL": new, **epilogue}
+            name = f"second {tile} {activation} {gated}"
+            if tile.per_unit:
+                constants = {**sizes, "N_OUT": 2, "UNITS": UNITS}
+                blocks = {"t_desc": block(1, tile.M, tile.K), "l_desc": block(1, tile.K, tile.N)}
+                blocks["y_desc"] = block(tile.M, tile.N)
+                yield name, compiled(arch, persistent.second, constants, tile.warps, tile.stages, **blocks)
+            else:
+                yield name, compiled(arch, tiles.second, {**sizes, "EVEN": True}, tile.warps, tile.stages)
+        if new:
+            M, N, K, stages = launch.FUSED_M, launch.FUSED_N, launch.FUSED_K, launch.FUSED_STAGES
+            for held, count in ((16, 3), (64, 3), (choice.FUSED_RANK, choice.FUSED_BLOCKS)):
+                shape = {"N_IN": count, "N_OUT": count, "RANK": held, "STAGES": stages}
+                constants = {"M": M, "N": N, "K": K, "PDL": True, **shape, **epilogue}
+                blocks = {"x_desc": block(M, K), "r_desc": block(1, 1, held, K), "y_desc": block(M, N)}
+                blocks["l_desc"] = block(1, 1, held, N)
+                name = f"fused rank {held} {activation} {gated}"
+                yield name, compiled(arch, fused.product, constants, 4, 3, **blocks)
+
+
+if __name__ == "__main__":
+    for name, shared in kernels(int(sys.argv[1])):
+        print(json.dumps([name, shared]), flush=True)
