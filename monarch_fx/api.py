@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,21 @@ from monarch_fx.costs import DeviceProfile, resolve
 from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchError
 from monarch_fx.layers import MonarchWeight, init_factors
 from monarch_fx.passes import checks, graph, rewrite
+from monarch_fx.passes.calibrate import input_grams
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import decide, grids
-from monarch_fx.projection import expected_seconds, prior_tail, project, tail_errors
+from monarch_fx.projection import (
+    expected_seconds,
+    output_error,
+    prior_tail,
+    project,
+    project_on_inputs,
+    tail_errors,
+)
 from monarch_fx.records import Candidate, Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
 
@@ -30,6 +38,7 @@ ANNOUNCE_SECONDS = 60.0
 _REPORT = "_monarch_fx_report"
 
 Tokens = int | Mapping[int, float] | None
+Grams = dict[str, torch.Tensor]  # mean of x x^T over the calibration inputs of a product, by its name
 
 
 def plan(
@@ -43,6 +52,7 @@ def plan(
     workload: str = "inference",
     device: str | DeviceProfile = "auto",
     config: MonarchConfig | None = None,
+    calibration: Iterable[Any] | None = None,
     strict: bool = False,
 ) -> Plan:
     """Decides what ``monarchify`` would do, and changes nothing.
@@ -63,25 +73,50 @@ def plan(
         device: Profile that the cost model plans for: ``"auto"`` (where the model is), ``"cpu"``, ``"h100"``, ... or a
             ``DeviceProfile``.
         config: Further choices; see ``MonarchConfig``.
+        calibration: Batches of real inputs (a list, a ``DataLoader``), each in one of the forms of ``example_inputs``.
+            The dense model runs on them once, and errors are those of the products' outputs there, not of the weights.
         strict: Raise where the budget can't be reached.
 
     Returns:
         The plan: printable, ``to_json()``, editable, and replayed by ``monarchify(model, plan=plan)``.
 
     Raises:
-        ConfigError: ``budget``, ``tokens`` or ``workload`` has no meaning.
+        ConfigError: ``budget``, ``tokens``, ``workload`` or ``calibration`` has no meaning.
         NotAModuleError, WrappedModelError: ``model`` is no plain module.
         ExampleInputsError, CaptureError: The model can't be captured on the inputs.
         SelectionError, NoEligibleProductError: ``include``, ``exclude`` or the model leave nothing to do.
         WeightError: A weight is NaN, infinite, quantised, sparse, integer or complex.
         BudgetError: ``strict=True``, and the budget can't be reached.
     """
+    options = {"example_inputs": example_inputs, "include": include, "exclude": exclude, "tokens": tokens}
+    options |= {"workload": workload, "device": device, "config": config, "calibration": calibration, "strict": strict}
+    return _make_plan(model, budget, **options)[0]
+
+
+def _make_plan(
+    model: Any,
+    budget: float | None,
+    *,
+    example_inputs: Any,
+    include: Patterns | None,
+    exclude: Patterns | None,
+    tokens: Tokens,
+    workload: str,
+    device: str | DeviceProfile,
+    config: MonarchConfig | None,
+    calibration: Iterable[Any] | None,
+    strict: bool,
+) -> tuple[Plan, Grams]:
+    """The plan, and the Gram matrices of the products' inputs where there is calibration data."""
     if isinstance(model, torch.export.ExportedProgram):
+        _check_runs(model, calibration)
         model = graph.program_module(model)
     model = checks.check_model(model)
     config = config or MonarchConfig()
     _check_arguments(budget, workload, config)
     meta = checks.on_meta(model)
+    if meta and calibration is not None:
+        raise MetaDeviceError(f"{type(model).__name__} is on the meta device: it can't run calibration batches.")
 
     inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
     captured = graph.captured_module(model, inputs) or capture(model, inputs)
@@ -92,7 +127,8 @@ def plan(
     profile = resolve(device, next(model.parameters()).device)
     mix, tokens_source = _token_mix(tokens, candidates, captured.given)
     dtype = _planned_dtype(candidates)
-    errors, error_source = _errors(model, candidates, config, meta)
+    grams = {} if calibration is None else input_grams(model, candidates, calibration)
+    errors, error_source = _errors(model, candidates, config, meta, grams)
     decisions = decide(
         candidates,
         errors,
@@ -104,7 +140,7 @@ def plan(
         dtype=dtype,
         strict=strict,
     )
-    return Plan(
+    made = Plan(
         decisions=decisions,
         declined=tuple(declined),
         budget=budget,
@@ -118,9 +154,7 @@ def plan(
         fingerprint=checks.fingerprint(model),
         capture=captured.how,
     )
-
-
-_plan = plan  # monarchify has an argument of that name
+    return made, grams
 
 
 def monarchify(
@@ -137,6 +171,7 @@ def monarchify(
     init: str = "project",
     device: str | DeviceProfile = "auto",
     config: MonarchConfig | None = None,
+    calibration: Iterable[Any] | None = None,
     strict: bool = False,
 ) -> Any:
     """Replaces the matrix products of ``model`` that pay by Monarch products.
@@ -152,6 +187,8 @@ def monarchify(
             models too big for two. After a failure it is a valid model, and ``report`` says what was done.
         init: ``"project"`` (closed-form projection of the weights; Dao et al. 2022, section 3.3) or ``"random"`` (the
             same structure with random factors whose product has the weight's own standard deviation).
+        calibration: As for ``plan``; with a plan, too. The projection then keeps the products' outputs on these inputs
+            (``||(W - M) x||``, block descent in the norm of E[x x^T]), and not the entries of the weights.
 
     Returns:
         A rewritten model of the same class, independent of the argument; the argument itself with ``inplace=True``.
@@ -163,7 +200,10 @@ def monarchify(
     """
     if init not in ("project", "random"):
         raise ConfigError(f'init must be "project" or "random", got {init!r}.')
+    if init == "random" and calibration is not None:
+        raise ConfigError('calibration is for init="project": random factors keep nothing of the weights.')
     if isinstance(model, torch.export.ExportedProgram):
+        _check_runs(model, calibration)
         options = {"plan": plan, "example_inputs": example_inputs, "include": include, "exclude": exclude}
         options |= {"tokens": tokens, "workload": workload, "init": init, "device": device, "config": config}
         rewritten = monarchify(graph.program_module(model), budget, inplace=True, strict=strict, **options)
@@ -181,20 +221,18 @@ def monarchify(
         "tokens": tokens,
         "config": config,
     }
+    grams: Grams = {}
     if plan is None:
-        plan = _plan(
-            model,
-            example_inputs=example_inputs,
-            workload=workload,
-            device=device,
-            strict=strict,
-            **choices,
-        )
+        options = {"example_inputs": example_inputs, "workload": workload, "device": device, "strict": strict}
+        plan, grams = _make_plan(model, calibration=calibration, **options, **choices)
     elif given := [name for name, value in choices.items() if value is not None]:
         raise ConfigError(f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan.")
     checks.check_plan(model, plan)
-    checks.check_weights(model, [d.candidate for d in plan.rewritten], values=True)
-    return _carry_out(model, plan, init, inplace, example_inputs)
+    rewritten = [d.candidate for d in plan.rewritten]
+    checks.check_weights(model, rewritten, values=True)
+    if calibration is not None and not grams:
+        grams = input_grams(model, rewritten, calibration)
+    return _carry_out(model, plan, init, inplace, example_inputs, grams)
 
 
 def report(model: nn.Module) -> Report:
@@ -241,7 +279,7 @@ def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
     print("\n".join(listing(captured)))
 
 
-def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_inputs: Any) -> nn.Module:
+def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_inputs: Any, grams: Grams) -> nn.Module:
     """Projects every weight that the plan rewrites, and installs the factors."""
     start = time.perf_counter()
     inputs = None if example_inputs is None else user_inputs(model, example_inputs)
@@ -255,14 +293,16 @@ def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_i
         after = checks.total_params(target.parameters())
         seconds = time.perf_counter() - start
         versions = (("torch", torch.__version__),)
-        setattr(target, _REPORT, Report(plan, tuple(errors.items()), init, before, after, seconds, versions))
+        made = Report(plan, tuple(errors.items()), init, before, after, seconds, versions, calibrated=bool(grams))
+        setattr(target, _REPORT, made)
 
     try:
         for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False, disable=len(jobs) < 2):
             rows = iter([d.candidate.name for d in decisions if d.shape is not None])
 
             def make(dense: torch.Tensor, shape: MonarchShape) -> Monarch:
-                monarch, errors[next(rows)] = _factors(dense, shape, init)  # noqa: B023 (called within the iteration)
+                row = next(rows)  # noqa: B023 (called within the iteration)
+                monarch, errors[row] = _factors(dense, shape, init, grams.get(row))
                 return monarch
 
             weight = rewrite.build_weight(parameters[name], decisions, make)
@@ -286,8 +326,11 @@ def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_i
     return target
 
 
-def _factors(dense: torch.Tensor, shape: MonarchShape, init: str) -> tuple[Monarch, float]:
-    """The structure of a dense weight (batch?, out, in), and its relative error."""
+def _factors(dense: torch.Tensor, shape: MonarchShape, init: str, gram: torch.Tensor | None) -> tuple[Monarch, float]:
+    """The structure of a dense weight (batch?, out, in), and its relative error: of outputs where there is a Gram."""
+    if gram is not None:
+        monarch = project_on_inputs(dense, shape, gram)
+        return monarch, output_error(dense, monarch, gram)
     if init == "random":
         monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
         init_factors(monarch, float(dense.float().std()))
@@ -296,6 +339,13 @@ def _factors(dense: torch.Tensor, shape: MonarchShape, init: str) -> tuple[Monar
     wide = torch.promote_types(dense.dtype, torch.float32)
     difference = monarch.to_dense().to(wide) - dense.to(wide)
     return monarch, float(difference.norm() / dense.to(wide).norm().clamp_min(torch.finfo(wide).tiny))
+
+
+def _check_runs(program: torch.export.ExportedProgram, calibration: Iterable[Any] | None) -> None:
+    if calibration is not None:
+        raise ConfigError(
+            "An ExportedProgram can't be calibrated: rewrite the module that it was exported from, and export again."
+        )
 
 
 def _check_arguments(budget: Any, workload: str, config: MonarchConfig) -> None:
@@ -332,7 +382,7 @@ def _planned_dtype(candidates: list[Candidate]) -> str:
 
 
 def _errors(
-    model: nn.Module, candidates: list[Candidate], config: MonarchConfig, meta: bool
+    model: nn.Module, candidates: list[Candidate], config: MonarchConfig, meta: bool, grams: Grams
 ) -> tuple[dict[str, dict[tuple[int, int], Any]], str]:
     """Relative squared errors of every candidate by grid and rank, and how they were estimated."""
     wanted = {c.name: grids(c, config) for c in candidates}
@@ -349,5 +399,5 @@ def _errors(
     wait = f" (about {seconds / 60:.0f} min)" if announced else ""
     tails = {}
     for c in tqdm(candidates, desc=f"spectra{wait}", unit="weight", leave=False, disable=len(candidates) < 2):
-        tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name])
-    return tails, "block spectra of the weights"
+        tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name], grams.get(c.name))
+    return tails, "block spectra on the calibration inputs" if grams else "block spectra of the weights"

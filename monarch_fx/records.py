@@ -256,7 +256,8 @@ class Report:
 
     Attributes:
         plan: The plan that was carried out.
-        errors: ``||W - M||_F / ||W||_F`` of every rewritten product, from its factors; NaN for ``init="random"``.
+        errors: ``||W - M||_F / ||W||_F`` of every rewritten product, from its factors; NaN for ``init="random"``; where
+            ``calibrated`` ``||(W - M) x|| / ||W x||`` on the calibration inputs.
         init: ``"project"`` or ``"random"``.
         params_before: Parameters of the whole model, tied ones counted once.
         params_after: The same after rewriting.
@@ -271,6 +272,7 @@ class Report:
     params_after: int
     seconds: float
     versions: tuple[tuple[str, str], ...]
+    calibrated: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as JSON takes them."""

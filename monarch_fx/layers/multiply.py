@@ -34,6 +34,8 @@ def multiplier(operand: DenseLike, matrix: MatrixView) -> Multiply:
     picks = match.element if match.element is not None else index
 
     def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
+        if root.observer is not None:
+            root.observer(match, x)
         if match.rows is not None:
             y = product(x)[..., match.rows]
             return y if bias is None else y + bias

@@ -8,7 +8,7 @@ It is registered in its owner under the parameter's own name. ``F.linear(x, self
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch._dynamo.variables import builtin as _dynamo_builtins
 
 from monarch_fx.errors import StructureError
 from monarch_fx.layers.attention import multi_head_attention
+from monarch_fx.layers.match import Match
 from monarch_fx.layers.multiply import multiplier, warn_dense
 from monarch_fx.rules import RULES, Product, Static, op_name
 from monarch_fx.structure import Monarch, MonarchShape
@@ -190,6 +191,7 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
         requires_grad: bool = True,
     ) -> None:
         super().__init__()
+        self.observer: Callable[[Match, Any], None] | None = None  # sees the inputs of every product, when calibrating
         self.strided = StridedView.whole(shape)
         self.views = tuple(view for view, _ in pieces)
         self.shapes: tuple[MonarchShape | None, ...] = tuple(

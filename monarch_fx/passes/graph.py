@@ -74,6 +74,8 @@ def has_shapes(graph: fx.Graph) -> bool:
 class _Factors:
     """What ``dispatch`` needs of a MonarchWeight, with proxies in the place of the factors."""
 
+    observer = None
+
     def __init__(self, weight: MonarchWeight, path: str, tracer: fx.proxy.GraphAppendingTracer, mode: Any) -> None:
         self.views, self.shapes = weight.views, weight.shapes
         self.suffix, self.own_dtype = weight.suffix, weight.own_dtype

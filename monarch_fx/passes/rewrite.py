@@ -13,6 +13,7 @@ from monarch_fx.errors import MonarchError
 from monarch_fx.layers import MonarchLinear, MonarchWeight
 from monarch_fx.records import Decision, Plan
 from monarch_fx.structure import Monarch, MonarchShape
+from monarch_fx.views import MatrixView
 
 # Makes the structure of one matrix (or batch of matrices) from its dense values.
 Make = Callable[[torch.Tensor, MonarchShape], Monarch]
@@ -35,6 +36,15 @@ def build_weight(parameter: torch.Tensor, decisions: Sequence[Decision], make: M
         view.scatter(free, torch.zeros(view.numel, dtype=torch.bool, device=parameter.device))
     rest = parameter.detach()[free].clone() if bool(free.any()) else None
     return MonarchWeight(parameter.shape, pieces, rest, requires_grad=parameter.requires_grad)
+
+
+def dense_weight(parameter: torch.Tensor, views: Sequence[MatrixView]) -> MonarchWeight:
+    """The module that stands for ``parameter`` with every piece dense; values are shared where views allow it."""
+    free = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
+    for view in views:
+        view.scatter(free, torch.zeros(view.numel, dtype=torch.bool, device=parameter.device))
+    rest = parameter.detach()[free] if bool(free.any()) else None
+    return MonarchWeight(parameter.shape, [(view, view.gather(parameter)) for view in views], rest)
 
 
 def install(model: nn.Module, name: str, weight: MonarchWeight) -> None:

@@ -63,10 +63,10 @@ def _factor(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
             left, right = (wide @ vectors).mT, vectors.mH
         else:
             left, right = vectors.mT, vectors.mH @ wide
-    return _balance(left, right)
+    return balanced(left, right)
 
 
-def _balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same products ``left^T right`` with rows of equal norm, and the largest entry of every right row positive."""
     norms = [torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (left, right)]
     tiny = torch.finfo(norms[0].dtype).tiny

@@ -7,18 +7,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from monarch_fx.projection.activation import whitened
 from monarch_fx.projection.blocks import check_weight, cut, small_gram
 
 Grid = tuple[int, int]  # (nblocks_out, nblocks_in)
 
 
 @torch.no_grad()
-def tail_errors(weight: Tensor, grids: Sequence[Grid]) -> dict[Grid, Tensor]:
+def tail_errors(weight: Tensor, grids: Sequence[Grid], gram: Tensor | None = None) -> dict[Grid, Tensor]:
     """Relative squared error of the closed-form projection, for every grid and rank.
+
+    With a Gram matrix of inputs it is that of the outputs, each block by itself: exact for a single column of blocks,
+    too high for several, which make up for each other's errors.
 
     Args:
         weight: (out, in), or (B, out, in) for B matrices of the same structure.
         grids: Pairs (nblocks_out, nblocks_in).
+        gram: (in, in), the mean of x x^T; see ``project_on_inputs``.
 
     Returns:
         For each grid a float64 tensor ``tail`` on the CPU of length ``min(p, s) + 1``: ``tail[rank]`` is
@@ -34,9 +39,11 @@ def tail_errors(weight: Tensor, grids: Sequence[Grid]) -> dict[Grid, Tensor]:
     scale = float(weight.abs().max()) or 1.0  # keeps squares in range
     energies: dict[Grid, Tensor | float] = dict.fromkeys(grids, 0.0)
     for matrix in weight.detach().reshape(-1, *weight.shape[-2:]):
-        scaled = matrix.to(dtype) / scale
-        for grid in grids:
-            energies[grid] = energies[grid] + _energies(scaled, grid)
+        for n_in in sorted({grid[1] for grid in grids}):
+            seen = matrix / scale if gram is None else whitened(matrix / scale, gram.to(matrix.device), n_in)
+            for grid in grids:
+                if grid[1] == n_in:
+                    energies[grid] = energies[grid] + _energies(seen.to(dtype), grid)
     return {grid: tail_of(torch.as_tensor(energy)) for grid, energy in energies.items()}
 
 

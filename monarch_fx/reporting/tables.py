@@ -30,7 +30,8 @@ def plan_table(plan: Plan) -> str:
 
 def report_table(report: Report) -> str:
     """What ``print(report(model))`` shows: what was done, and the plan with the errors of the factors as made."""
-    plan = dataclasses.replace(report.plan, error_source="measured on the factors")
+    where = "of outputs on the calibration inputs" if report.calibrated else "of weights"
+    plan = dataclasses.replace(report.plan, error_source=f"{where}, measured on the factors")
     errors = dict(report.errors)
     done = [
         dataclasses.replace(d, error=errors[d.candidate.name]) for d in plan.rewritten if d.candidate.name in errors
