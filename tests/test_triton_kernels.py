@@ -96,6 +96,25 @@ def test_one_kernel_for_the_whole_product(shape: tuple[int, ...]) -> None:
     check(x, R, L, y, None, None, "none")
 
 
+def test_other_numbers_of_tokens_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Constants of a kernel, for which it is compiled, don't go with the tokens of one tile."""
+    constants: list[dict[str, object]] = []
+
+    class Recorder:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *operands, **options: constants.append(options)
+
+    for module in (launch.persistent, launch.tiles):
+        monkeypatch.setattr(module, "first", Recorder())
+        monkeypatch.setattr(module, "second", Recorder())
+    for few, many in ((1, 16), (17, 64), (1000, 1800)):
+        for tokens in (few, many):
+            x, R, L, t, y = operands(tokens, 2, 2, 64, 64, 128)
+            launch.first_half(x, R, t)
+            launch.second_half(t, L, y, None, None, "none")
+        assert constants[-4:-2] == constants[-2:]
+
+
 def test_what_can_be_described() -> None:
     x = torch.zeros(8, 64, dtype=torch.float16, device=DEVICE)
     if not launch.has_hopper_features(x.device):

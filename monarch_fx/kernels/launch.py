@@ -21,7 +21,8 @@ ALIGNED = 16  # bytes, of whatever a tensor descriptor describes
 @functools.cache
 def has_hopper_features(device: torch.device) -> bool:
     """Tensor descriptors that the copy engine reads, and launches before the kernel before has ended."""
-    return INTERPRETED or (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0))
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return INTERPRETED or (is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 @functools.cache
@@ -46,18 +47,18 @@ def first_half(x: Tensor, R: Tensor, t: Tensor) -> None:
     tokens, width = len(x), n_out * rank
     can_describe = tokens > FEW_TOKENS and p % 64 == 0 and described(x, R)
     tile = first_tile(tokens, width, n_in, _units(x.device), described=can_describe)
-    count = tile.count(tokens, width, n_in)
     sizes = tokens, p, width, rank
     strides = t.stride(1), t.stride(0)
     options = _options(tile, x.device)
     if tile.per_unit:
-        programs = min(count, tile.per_unit * _units(x.device))
         operands = _describe(x, tile.M, tile.K), _describe(R.flatten(1, 2), 1, tile.N, tile.K), t
-        persistent.first[(programs,)](*operands, *sizes, *strides, N_IN=n_in, UNITS=programs, **options)
+        most = tile.per_unit * _units(x.device)  # a constant: one that went with the tokens would compile anew for each
+        grid = (min(tile.count(tokens, width, n_in), most),)
+        persistent.first[grid](*operands, *sizes, *strides, N_IN=n_in, UNITS=most, **options)
         return
-    grid = (triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M))
+    cut = (triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M))
     even = p % tile.K == 0 and width % tile.N == 0
-    tiles.first[grid](x, R, t, *sizes, x.stride(0), *strides, EVEN=even, **options)
+    tiles.first[cut](x, R, t, *sizes, x.stride(0), *strides, EVEN=even, **options)
 
 
 def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
@@ -77,16 +78,17 @@ def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tens
     )
     options = {**_options(tile, t.device), **kinds}
     if tile.per_unit:
-        programs = min(tile.count(tokens, s, n_out), tile.per_unit * _units(t.device))
+        most = tile.per_unit * _units(t.device)
+        grid = (min(tile.count(tokens, s, n_out), most),)
         factor = L.flatten(1, 2)
         operands = _describe(t, 1, tile.M, tile.K), _describe(factor, 1, tile.K, tile.N), _describe(y, tile.M, tile.N)
         sizes = tokens, depth, s, extra[1].stride(0)
-        persistent.second[(programs,)](*operands, *extra, *sizes, N_OUT=n_out, UNITS=programs, **options)
+        persistent.second[grid](*operands, *extra, *sizes, N_OUT=n_out, UNITS=most, **options)
         return
-    grid = (triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M))
+    cut = (triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M))
     even = depth % tile.K == 0 and s % tile.N == 0
     strides = t.stride(1), t.stride(0), y.stride(0), extra[1].stride(0)
-    tiles.second[grid](t, L, y, *extra, tokens, depth, s, *strides, EVEN=even, **options)
+    tiles.second[cut](t, L, y, *extra, tokens, depth, s, *strides, EVEN=even, **options)
 
 
 def whole(
