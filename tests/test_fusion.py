@@ -121,5 +121,7 @@ def test_errors_of_the_operator() -> None:
     x, factors = torch.randn(7, 32), (layer.weight.R, layer.weight.L)
     with pytest.raises(ConfigError, match=r"activation must be one of .*'gelu_tanh', got 'selu'"):
         mfx.monarch_bmm(x, *factors, activation="selu")
-    with pytest.raises(StructureError, match=r"gate must be like the result, \(7, 48\), got \(48,\)"):
+    with pytest.raises(StructureError, match=r"gate must be like the result, \(7, 48\) in .*, got \(48,\) in"):
         mfx.monarch_bmm(x, *factors, gate=torch.randn(48))
+    with pytest.raises(StructureError, match=r"in torch.float32, got \(7, 48\) in torch.float64"):
+        mfx.monarch_bmm(x, *factors, gate=torch.randn(7, 48, dtype=torch.float64))

@@ -104,8 +104,12 @@ def monarch_bmm(
                 f"got {tuple(x.shape)}."
             )
         rows = L.shape[-4] * L.shape[-1] if out_features is None else out_features
-        if gate is not None and gate.shape != (*x.shape[:-1], rows):
-            raise StructureError(f"The gate must be like the result, {(*x.shape[:-1], rows)}, got {tuple(gate.shape)}.")
+        mixed = gate is not None and gate.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+        if gate is not None and (mixed or gate.shape != (*x.shape[:-1], rows)):
+            raise StructureError(
+                f"The gate must be like the result, {(*x.shape[:-1], rows)} in {x.dtype}, got {tuple(gate.shape)} in "
+                f"{gate.dtype}."
+            )
     options: dict[str, Any] = {} if activation == "none" and gate is None else {"activation": activation, "gate": gate}
     return torch.ops.monarch_fx.monarch_bmm(x, R, L, bias, out_features=out_features, **options)
 
