@@ -221,6 +221,7 @@ def monarchify(
         "tokens": tokens,
         "config": config,
     }
+    planned_here = plan is None
     grams: Grams = {}
     if plan is None:
         options = {"example_inputs": example_inputs, "workload": workload, "device": device, "strict": strict}
@@ -230,7 +231,7 @@ def monarchify(
     checks.check_plan(model, plan)
     rewritten = [d.candidate for d in plan.rewritten]
     checks.check_weights(model, rewritten, values=True)
-    if calibration is not None and not grams:
+    if calibration is not None and not planned_here:  # else the plan has read the batches, which may come only once
         grams = input_grams(model, rewritten, calibration)
     return _carry_out(model, plan, init, inplace, example_inputs, grams)
 

@@ -220,6 +220,27 @@ def test_the_plan_weighs_outputs(batches: list[torch.Tensor]) -> None:
     assert plan["1.weight"].params < plan["3.weight"].params
 
 
+def test_a_product_that_no_batch_reaches_is_projected_plainly(model: nn.Module) -> None:
+    """And batches that can be read only once are not asked for again."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model.first
+
+        def forward(self, x: torch.Tensor, times: int = 1) -> torch.Tensor:
+            for _ in range(times):
+                x = self.inner(x)
+            return x
+
+    gated, x = Gated().eval(), torch.randn(5, 64)
+    options = {"example_inputs": (x,), "config": mfx.MonarchConfig(nblocks=2, rank=16)}
+    unseen = mfx.monarchify(gated, calibration=iter([{"x": x, "times": 0}]), **options)
+    plain = mfx.monarchify(gated, **options)
+    torch.testing.assert_close(unseen.inner.weight.R, plain.inner.weight.R)
+    assert not mfx.report(unseen).calibrated
+
+
 def test_refusals(model: nn.Module, batches: list[torch.Tensor]) -> None:
     with pytest.raises(ConfigError, match=r"iterable of batches.*got a Tensor.*into a list"):
         mfx.plan(model, example_inputs=batches[0], calibration=batches[0], **HALF)

@@ -2,7 +2,7 @@
 
 from monarch_fx.costs.profile import DeviceProfile
 
-# How cuBLAS and the kernels of this library cut products: fitted to 2112 Monarch and 96 dense products of 768 to 14336
+# How cuBLAS and the kernels of this library cut products: fitted to 528 Monarch and 96 dense products of 768 to 14336
 # features at 1 to 16384 tokens on an H100 (bfloat16, CUDA graphs, PyTorch 2.11; python -m benchmarks run layers-gpu).
 _GPU = {
     "launch_s": 2.9e-6,
@@ -47,9 +47,9 @@ SHIPPED = {
             name="h100",
             # a fit to four of the twelve sizes predicts the other eight with 7 % and 18 %
             source=(
-                "fitted to 2208 products in bfloat16 on an H100 80GB SXM, PyTorch 2.11, CUDA 13.0 (python -m "
-                "benchmarks run layers-gpu): median error 5 %, 95th percentile 20 %; other dtypes and copies from "
-                "measure_device()"
+                "fitted to 624 of 2208 products in bfloat16 on an H100 80GB SXM, PyTorch 2.11, CUDA 13.0 (python -m "
+                "benchmarks run layers-gpu): over all of them median error 5 %, 95th percentile 20 %; other dtypes and "
+                "copies from measure_device()"
             ),
             peak_flops={"float64": 67e12, "float32": 56e12, "bfloat16": 907e12, "float16": 877e12},
             bandwidth_bytes_per_s=3.17e12,
