@@ -39,6 +39,12 @@ def operands(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> t
     return x, R, L, t, y
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> None:
+    for made in (launch.first_launch, launch.second_launch, launch.whole_launch):
+        made.cache_clear()
+
+
 def check(x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, y: torch.Tensor, *epilogue: object) -> None:
     bias, gate, activation = epilogue
     exact = mfx.Monarch(R.double(), L.double())(x.double())
@@ -91,8 +97,7 @@ def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -
 @pytest.mark.parametrize("shape", [(100, 3, 3, 16, 64, 64), (64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192)])
 def test_one_kernel_for_the_whole_product(shape: tuple[int, ...]) -> None:
     x, R, L, _, y = operands(*shape)
-    assert launch.described(x, R, L, y)
-    launch.whole(x, R, L, y, None, None, "none")
+    assert launch.whole(x, R, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
 
 
@@ -104,6 +109,7 @@ def test_other_numbers_of_tokens_compile_nothing_new(monkeypatch: pytest.MonkeyP
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             return lambda *operands, **options: constants.append(options)
 
+    monkeypatch.setattr(launch, "_units", lambda device: 4)
     for module in (launch.persistent, launch.tiles):
         monkeypatch.setattr(module, "first", Recorder())
         monkeypatch.setattr(module, "second", Recorder())
@@ -115,15 +121,20 @@ def test_other_numbers_of_tokens_compile_nothing_new(monkeypatch: pytest.MonkeyP
         assert constants[-4:-2] == constants[-2:]
 
 
-def test_what_can_be_described() -> None:
-    x = torch.zeros(8, 64, dtype=torch.float16, device=DEVICE)
+def test_what_tensor_descriptors_can_have() -> None:
+    x, R, L, _, y = operands(8, 1, 1, 16, 64, 64)
     if not launch.has_hopper_features(x.device):
         pytest.skip("an older GPU describes nothing")
-    assert launch.described(x)
-    assert not launch.described(x[:, 1:])  # not aligned
-    assert not launch.described(x.T)
-    assert not launch.described(x[:1].expand(8, 64))
-    assert not launch.described(torch.zeros(8, 60, dtype=torch.float16, device=DEVICE))
+
+    def can(x: torch.Tensor) -> bool:
+        return launch.whole(x, R, L, y, None, None, "none")
+
+    assert can(x)
+    wide = torch.zeros(8, 80, dtype=torch.float16, device=DEVICE)
+    assert can(wide[:, 8:72])
+    assert not can(wide[:, 1:65])  # not aligned
+    assert not can(x[:1].expand(8, 64))
+    assert not can(torch.zeros(8, 68, dtype=torch.float16, device=DEVICE)[:, :64])
 
 
 def test_activations_at_their_ends() -> None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import reference
-from monarch_fx.kernels.choice import FEW_TOKENS, STRIDED_FLOPS, is_fused
+from monarch_fx.kernels.choice import FEW_TOKENS, is_fused
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -71,18 +70,11 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if len(x) == 0:
         return y
     bias, gate = None if bias is None else bias.contiguous(), None if gate is None else _rows(gate)
-    if not _ran_whole(x, R, L, y, bias, gate, activation):
+    n_in, n_out, rank, p = R.shape
+    fused = is_fused(len(x), n_in, n_out, rank, p, L.shape[3])
+    if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
         _second(_first(x, R), L, y, bias, gate, activation)
     return y
-
-
-def _ran_whole(x: Tensor, R: Tensor, L: Tensor, y: Tensor, *epilogue: Any) -> bool:
-    """Whether one kernel has run the whole product."""
-    sizes = (*R.shape, L.shape[3])
-    n_in, n_out, rank, p, s = sizes
-    if not (x.is_cuda and is_fused(len(x), n_in, n_out, rank, p, s) and _triton().described(x, R, L, y)):
-        return False
-    return _ran("one kernel", sizes, _triton().whole, x, R, L, y, *epilogue)
 
 
 def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -97,19 +89,14 @@ def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | No
 
 def _first(x: Tensor, R: Tensor) -> Tensor:
     """The intermediate (n_out, tokens, n_in * rank)."""
-    n_in, n_out, rank, p = R.shape
+    n_in, n_out = R.shape[:2]
     tokens, t = len(x), _intermediate(x, R)
-    if tokens == 0:
+    is_plain = n_in == 1 and tokens > FEW_TOKENS  # a plain result is what the second half reads
+    if tokens == 0 or (not is_plain and _ran("the first half", "first_half", x, R, t)):
         return t
-    if n_in == 1 and (tokens > FEW_TOKENS or not x.is_cuda):  # its plain result is what the second half reads
+    if n_in == 1:
         torch.mm(x, R.flatten(0, 2).mT, out=t.transpose(0, 1).flatten(1))
         return t
-    if x.is_cuda:
-        launch = _triton()
-        is_large = 2 * tokens * n_in * rank * p >= STRIDED_FLOPS
-        suits = not is_large or (p % 64 == 0 and launch.described(x, R))
-        if suits and _ran("the first half", R.shape, launch.first_half, x, R, t):
-            return t
     for j in range(n_out):
         torch.bmm(_blocks(x, n_in), R[:, j].mT, out=_blocks(t[j], n_in))
     return t
@@ -117,10 +104,10 @@ def _first(x: Tensor, R: Tensor) -> Tensor:
 
 def _second(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
     """Writes ``y`` (tokens, n_out * s)."""
-    n_out, tokens = L.shape[0], t.shape[1]
+    n_out = L.shape[0]
     is_plain = gate is None and activation == "none" and (bias is None or n_out == 1)
-    own = t.is_cuda and (tokens <= FEW_TOKENS or not is_plain)
-    if own and _ran("the second half", L.shape, _triton().second_half, t, L, y, bias, gate, activation):
+    suits = t.shape[1] <= FEW_TOKENS or not is_plain
+    if suits and _ran("the second half", "second_half", t, L, y, bias, gate, activation):
         return
     if n_out == 1 and bias is not None:
         torch.addmm(bias, t[0], L.flatten(0, 2), out=y)
@@ -135,23 +122,22 @@ def _second(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor |
 _failed: set[tuple[Any, ...]] = set()
 
 
-def _ran(what: str, sizes: tuple[int, ...] | torch.Size, kernel: Callable[..., None], *operands: Any) -> bool:
-    """Runs a Triton kernel; where it can't be compiled or launched says so once for these sizes, and returns False."""
-    if (what, sizes) in _failed:
+def _ran(what: str, launcher: str, *operands: Any) -> bool:
+    """Whether a Triton kernel has run: not on a CPU; where it can't be compiled, that is said once for these sizes."""
+    x, factor = operands[:2]
+    if not x.is_cuda or (_failed and (what, factor.shape) in _failed):
         return False
     try:
-        kernel(*operands)
+        return bool(getattr(_triton(), launcher)(*operands))
     except (importlib.import_module("triton.errors").TritonError, RuntimeError) as error:
-        _failed.add((what, sizes))
-        x = operands[0]
+        _failed.add((what, factor.shape))
         warnings.warn(
             f"The Triton kernel for {what} of a Monarch product failed on {tuple(x.shape)} {x.dtype}, factor sizes "
-            f"{sizes}: {type(error).__name__}: {str(error)[:500]}. Batched products run instead, slower.",
+            f"{tuple(factor.shape)}: {type(error).__name__}: {str(error)[:500]}. Batched products run instead, slower.",
             MonarchWarning,
             stacklevel=2,
         )
         return False
-    return True
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,8 +1,12 @@
-"""How the Triton kernels are launched: which tile, tensor descriptors where they can be had, early launches."""
+"""How the Triton kernels are launched: which tile, tensor descriptors where they can be had, early launches.
+
+What a launch needs besides addresses follows from sizes, and is worked out once for each.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +15,204 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monarch_fx.kernels import fused, persistent, tiles
-from monarch_fx.kernels.choice import FEW_TOKENS, Tile, first_tile, second_tile
+from monarch_fx.kernels.choice import FEW_TOKENS, STRIDED_FLOPS, Tile, first_tile, second_tile
 
 INTERPRETED = triton.knobs.runtime.interpret
 FUSED_M, FUSED_N, FUSED_K, FUSED_STAGES = 64, 64, 64, 4
-ALIGNED = 16  # bytes, of whatever a tensor descriptor describes
+ALIGNED = 16  # bytes, of whatever a tensor descriptor describes, and of what Triton compiles wide loads for
+REMEMBERED = 4096  # launches, of all layers' sizes and numbers of tokens
+
+Strides = Sequence[int]
+Layout = tuple[list[int], list[int], list[int]]  # shape, strides and block of a tensor descriptor
+
+
+class Launch:
+    """A kernel with all that it is called with but the tensors.
+
+    Triton looks at every argument of every call again, which takes longer than many of these kernels run. Here the
+    compiled kernel is kept, and called by itself.
+
+    Args:
+        kernel: Whose first parameters are tensors, then numbers, then constants.
+        grid: Programs, up to three axes.
+        layouts: For each tensor how a descriptor sees it; None: the kernel takes its address.
+        numbers: What follows the tensors.
+        options: The kernel's constants, and Triton's own options.
+        aligned: Whether all tensors of all calls start at multiples of ``ALIGNED``; else Triton looks at each call.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        layouts: Sequence[Layout | None],
+        numbers: Sequence[int],
+        options: dict[str, Any],
+        aligned: bool,
+    ) -> None:
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.layouts = layouts
+        self.numbers = numbers
+        self.options = options
+        self.aligned = aligned
+        self.compiled: Any = None
+        self.constants: tuple[Any, ...] = ()
+
+    def __call__(self, *tensors: Tensor) -> None:
+        operands = [
+            tensor if layout is None else TensorDescriptor(tensor, *layout)
+            for tensor, layout in zip(tensors, self.layouts, strict=True)
+        ]
+        if self.compiled is not None:
+            self.compiled[self.grid](*operands, *self.numbers, *self.constants)
+            return
+        compiled = self.kernel[self.grid](*operands, *self.numbers, **self.options)
+        if self.aligned and compiled is not None:  # the interpreter compiles nothing
+            self.constants = tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
+            self.compiled = compiled
+
+
+def first_half(x: Tensor, R: Tensor, t: Tensor) -> bool:
+    """x (tokens, n_in * p) with R (n_in, n_out, rank, p) into t (n_out, tokens, n_in * rank).
+
+    Returns:
+        Whether there is a kernel that does so well; so do the others.
+    """
+    launch = first_launch(len(x), x.stride(0), R.shape, t.stride(), x.dtype, x.device, _aligned(x, R, t))
+    return launch is not None and _on_its_device(launch, x, R, t)
+
+
+def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> bool:
+    """t (n_out, tokens, n_in * rank) with L (n_out, n_in, rank, s) into y (tokens, n_out * s)."""
+    extra, kinds, aligned = _epilogue(y, bias, gate, activation)
+    aligned = aligned and _aligned(t, L, y)
+    strides = t.stride(), y.stride(0), extra[1].stride(0)
+    launch = second_launch(t.shape[1], L.shape, strides, kinds, t.dtype, t.device, aligned)
+    return launch is not None and _on_its_device(launch, t, L, y, *extra)
+
+
+def whole(
+    x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
+) -> bool:
+    """x (tokens, n_in * p) with both factors into y (tokens, n_out * s), by one kernel."""
+    extra, kinds, aligned = _epilogue(y, bias, gate, activation)
+    aligned = aligned and _aligned(x, R, L, y)
+    strides = x.stride(0), y.stride(0), extra[1].stride(0)
+    launch = whole_launch(len(x), R.shape, L.shape[3], strides, kinds, x.dtype, x.device, aligned)
+    return launch is not None and _on_its_device(launch, x, R, L, y, *extra)
+
+
+@functools.lru_cache(REMEMBERED)
+def first_launch(
+    tokens: int,
+    stride_x: int,
+    factor: Sequence[int],
+    strides_t: Strides,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Launch | None:
+    n_in, n_out, rank, p = factor
+    width = n_out * rank
+    described = p % 64 == 0 and aligned and _describable(dtype, device, stride_x, p)
+    if 2 * tokens * n_in * width * p >= STRIDED_FLOPS and not described:  # cuBLAS is faster than plain tiles
+        return None
+    tile = first_tile(tokens, width, n_in, _units(device), described=described and tokens > FEW_TOKENS)
+    numbers = tokens, p, width, rank
+    strides = strides_t[1], strides_t[0]
+    options = _options(tile, device)
+    if tile.per_unit:
+        most = tile.per_unit * _units(device)  # a constant: one that went with the tokens would compile anew for each
+        layouts = (
+            ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
+            ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
+            None,
+        )
+        options |= {"N_IN": n_in, "UNITS": most}
+        walkers = min(tile.count(tokens, width, n_in), most)
+        return Launch(persistent.first, (walkers,), layouts, (*numbers, *strides), options, aligned)
+    grid = triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M)
+    options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
+    return Launch(tiles.first, grid, [None] * 3, (*numbers, stride_x, *strides), options, aligned)
+
+
+@functools.lru_cache(REMEMBERED)
+def second_launch(
+    tokens: int,
+    factor: Sequence[int],
+    strides: tuple[Strides, int, int],
+    kinds: tuple[bool, str, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Launch | None:
+    n_out, n_in, rank, s = factor
+    strides_t, stride_y, stride_gate = strides
+    _, activation, gated = kinds
+    depth = n_in * rank
+    described = tokens > FEW_TOKENS and aligned and _describable(dtype, device, *strides_t[:2], s, stride_y)
+    activated = activation != "none"
+    tile = second_tile(tokens, s, depth, n_out, _units(device), described=described, activated=activated, gated=gated)
+    options = {**_options(tile, device), **_constants(kinds)}
+    if tile.per_unit:
+        most = tile.per_unit * _units(device)
+        layouts = (
+            ([n_out, tokens, depth], list(strides_t), [1, tile.M, tile.K]),
+            ([n_out, depth, s], [depth * s, s, 1], [1, tile.K, tile.N]),
+            ([tokens, n_out * s], [stride_y, 1], [tile.M, tile.N]),
+            None,
+            None,
+        )
+        options |= {"N_OUT": n_out, "UNITS": most}
+        walkers = min(tile.count(tokens, s, n_out), most)
+        return Launch(persistent.second, (walkers,), layouts, (tokens, depth, s, stride_gate), options, aligned)
+    grid = triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M)
+    options["EVEN"] = depth % tile.K == 0 and s % tile.N == 0
+    numbers = tokens, depth, s, strides_t[1], strides_t[0], stride_y, stride_gate
+    return Launch(tiles.second, grid, [None] * 5, numbers, options, aligned)
+
+
+@functools.lru_cache(REMEMBERED)
+def whole_launch(
+    tokens: int,
+    factor: Sequence[int],
+    s: int,
+    strides: tuple[int, int, int],
+    kinds: tuple[bool, str, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Launch | None:
+    n_in, n_out, rank, p = factor
+    stride_x, stride_y, stride_gate = strides
+    described = aligned and _describable(dtype, device, stride_x, p, s, stride_y)
+    if not described or p % FUSED_K or s % FUSED_N:
+        return None
+    held = max(16, triton.next_power_of_2(rank))
+    layouts = (
+        ([tokens, n_in * p], [stride_x, 1], [FUSED_M, FUSED_K]),
+        ([n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1], [1, 1, held, FUSED_K]),
+        ([n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1], [1, 1, held, FUSED_N]),
+        ([tokens, n_out * s], [stride_y, 1], [FUSED_M, FUSED_N]),
+        None,
+        None,
+    )
+    options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held, **_early(device), **_constants(kinds)}
+    options |= {"M": FUSED_M, "N": FUSED_N, "K": FUSED_K, "STAGES": FUSED_STAGES, "num_warps": 4}
+    grid = n_out, triton.cdiv(tokens, FUSED_M)
+    return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
+
+
+def _on_its_device(launch: Launch, *tensors: Tensor) -> bool:
+    """Triton launches on the current device, whatever the tensors are on."""
+    index = tensors[0].get_device()
+    if index < 0 or index == torch.cuda.current_device():
+        launch(*tensors)
+    else:
+        with torch.cuda.device(index):
+            launch(*tensors)
+    return True
 
 
 @functools.cache
@@ -30,86 +227,14 @@ def _units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
-def described(*tensors: Tensor) -> bool:
-    """Whether descriptors of all these tensors can be had."""
-
-    def aligned(tensor: Tensor) -> bool:
-        size = tensor.element_size()
-        outer = all(stride > 0 and stride * size % ALIGNED == 0 for stride in tensor.stride()[:-1])
-        return tensor.stride(-1) == 1 and tensor.data_ptr() % ALIGNED == 0 and outer
-
-    return has_hopper_features(tensors[0].device) and all(map(aligned, tensors))
+def _aligned(*tensors: Tensor) -> bool:
+    return functools.reduce(int.__or__, [tensor.data_ptr() for tensor in tensors]) % ALIGNED == 0
 
 
-def first_half(x: Tensor, R: Tensor, t: Tensor) -> None:
-    """x (tokens, n_in * p) with R (n_in, n_out, rank, p) into t (n_out, tokens, n_in * rank)."""
-    n_in, n_out, rank, p = R.shape
-    tokens, width = len(x), n_out * rank
-    can_describe = tokens > FEW_TOKENS and p % 64 == 0 and described(x, R)
-    tile = first_tile(tokens, width, n_in, _units(x.device), described=can_describe)
-    sizes = tokens, p, width, rank
-    strides = t.stride(1), t.stride(0)
-    options = _options(tile, x.device)
-    if tile.per_unit:
-        operands = _describe(x, tile.M, tile.K), _describe(R.flatten(1, 2), 1, tile.N, tile.K), t
-        most = tile.per_unit * _units(x.device)  # a constant: one that went with the tokens would compile anew for each
-        grid = (min(tile.count(tokens, width, n_in), most),)
-        persistent.first[grid](*operands, *sizes, *strides, N_IN=n_in, UNITS=most, **options)
-        return
-    cut = (triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M))
-    even = p % tile.K == 0 and width % tile.N == 0
-    tiles.first[cut](x, R, t, *sizes, x.stride(0), *strides, EVEN=even, **options)
-
-
-def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
-    """t (n_out, tokens, n_in * rank) with L (n_out, n_in, rank, s) into y (tokens, n_out * s)."""
-    n_out, n_in, rank, s = L.shape
-    tokens, depth = t.shape[1], n_in * rank
-    extra, kinds = _epilogue(y, bias, gate, activation)
-    tile = second_tile(
-        tokens,
-        s,
-        depth,
-        n_out,
-        _units(t.device),
-        described=tokens > FEW_TOKENS and described(t, L, y),
-        activated=activation != "none",
-        gated=gate is not None,
-    )
-    options = {**_options(tile, t.device), **kinds}
-    if tile.per_unit:
-        most = tile.per_unit * _units(t.device)
-        grid = (min(tile.count(tokens, s, n_out), most),)
-        factor = L.flatten(1, 2)
-        operands = _describe(t, 1, tile.M, tile.K), _describe(factor, 1, tile.K, tile.N), _describe(y, tile.M, tile.N)
-        sizes = tokens, depth, s, extra[1].stride(0)
-        persistent.second[grid](*operands, *extra, *sizes, N_OUT=n_out, UNITS=most, **options)
-        return
-    cut = (triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M))
-    even = depth % tile.K == 0 and s % tile.N == 0
-    strides = t.stride(1), t.stride(0), y.stride(0), extra[1].stride(0)
-    tiles.second[cut](t, L, y, *extra, tokens, depth, s, *strides, EVEN=even, **options)
-
-
-def whole(
-    x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
-) -> None:
-    """x (tokens, n_in * p) with both factors into y (tokens, n_out * s), by one kernel."""
-    n_in, n_out, rank, p = R.shape
-    s, tokens = L.shape[3], len(x)
-    extra, kinds = _epilogue(y, bias, gate, activation)
-    held = max(16, triton.next_power_of_2(rank))
-    operands = (
-        _describe(x, FUSED_M, FUSED_K),
-        _describe(R, 1, 1, held, FUSED_K),
-        _describe(L, 1, 1, held, FUSED_N),
-        _describe(y, FUSED_M, FUSED_N),
-    )
-    shape: dict[str, Any] = {"N_IN": n_in, "N_OUT": n_out, "RANK": held}
-    tile = {"M": FUSED_M, "N": FUSED_N, "K": FUSED_K, "STAGES": FUSED_STAGES, "num_warps": 4}
-    fused.product[(n_out, triton.cdiv(tokens, FUSED_M))](
-        *operands, *extra, tokens, p, s, extra[1].stride(0), **shape, **tile, **_early(x.device), **kinds
-    )
+def _describable(dtype: torch.dtype, device: torch.device, *strides: int) -> bool:
+    """Whether tensors with these strides, the last ones aside, can have descriptors."""
+    steps = all(stride > 0 and stride * dtype.itemsize % ALIGNED == 0 for stride in strides)
+    return steps and has_hopper_features(device)
 
 
 def _options(tile: Tile, device: torch.device) -> dict[str, Any]:
@@ -126,11 +251,12 @@ def _early(device: torch.device) -> dict[str, Any]:
 
 def _epilogue(
     y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
-) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
-    """The operands of ``epilogue.finished`` (anything where there is none), and its constants."""
-    kinds = {"BIAS": bias is not None, "ACT": activation, "GATED": gate is not None, "FAST": not INTERPRETED}
-    return (y if bias is None else bias, y if gate is None else gate), kinds
+) -> tuple[tuple[Tensor, Tensor], tuple[bool, str, bool], bool]:
+    """The operands of ``epilogue.finished`` (anything where there is none), its kinds, and whether they are aligned."""
+    extra = y if bias is None else bias, y if gate is None else gate
+    return extra, (bias is not None, activation, gate is not None), _aligned(*extra)
 
 
-def _describe(tensor: Tensor, *block: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, list(block))
+def _constants(kinds: tuple[bool, str, bool]) -> dict[str, Any]:
+    has_bias, activation, gated = kinds
+    return {"BIAS": has_bias, "ACT": activation, "GATED": gated, "FAST": not INTERPRETED}
