@@ -1,14 +1,16 @@
 """monarch_fx: a compiler pass that replaces dense matrix products by Monarch matrices."""
 
-from monarch_fx.api import monarchify, plan, print_graph, report, to_dense
+from monarch_fx.api import calibrate, monarchify, plan, print_graph, report, to_dense
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, measure_device
 from monarch_fx.kernels.op import monarch_bmm
 from monarch_fx.layers import MonarchLinear
+from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.records import Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
 
 __all__ = [
+    "Calibration",
     "DeviceProfile",
     "Monarch",
     "MonarchConfig",
@@ -16,6 +18,7 @@ __all__ = [
     "MonarchShape",
     "Plan",
     "Report",
+    "calibrate",
     "measure_device",
     "monarch_bmm",
     "monarchify",

@@ -15,7 +15,8 @@ from monarch_fx.costs import DeviceProfile, resolve
 from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchError
 from monarch_fx.layers import MonarchWeight, init_factors
 from monarch_fx.passes import checks, graph, rewrite
-from monarch_fx.passes.calibrate import input_grams
+from monarch_fx.passes.calibrate import Calibration, Statistics
+from monarch_fx.passes.calibrate import calibrate as run_calibration
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import own_inputs, user_inputs
@@ -23,6 +24,7 @@ from monarch_fx.passes.listing import listing
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import decide, grids
 from monarch_fx.projection import (
+    energy,
     expected_seconds,
     output_error,
     prior_tail,
@@ -38,7 +40,6 @@ ANNOUNCE_SECONDS = 60.0
 _REPORT = "_monarch_fx_report"
 
 Tokens = int | Mapping[int, float] | None
-Grams = dict[str, torch.Tensor]  # mean of x x^T over the calibration inputs of a product, by its name
 
 
 def plan(
@@ -52,7 +53,7 @@ def plan(
     workload: str = "inference",
     device: str | DeviceProfile = "auto",
     config: MonarchConfig | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
     strict: bool = False,
 ) -> Plan:
     """Decides what ``monarchify`` would do, and changes nothing.
@@ -73,8 +74,9 @@ def plan(
         device: Profile that the cost model plans for: ``"auto"`` (where the model is), ``"cpu"``, ``"h100"``, ... or a
             ``DeviceProfile``.
         config: Further choices; see ``MonarchConfig``.
-        calibration: Batches of real inputs (a list, a ``DataLoader``), each in one of the forms of ``example_inputs``.
-            The dense model runs on them once, and errors are those of the products' outputs there, not of the weights.
+        calibration: Batches of real inputs (a list, a ``DataLoader``), each in one of the forms of ``example_inputs``,
+            or what ``calibrate`` made of them. The dense model runs on them once, forward and backward, and errors are
+            those that its loss feels there to second order, not those of the weights.
         strict: Raise where the budget can't be reached.
 
     Returns:
@@ -104,10 +106,10 @@ def _make_plan(
     workload: str,
     device: str | DeviceProfile,
     config: MonarchConfig | None,
-    calibration: Iterable[Any] | None,
+    calibration: Calibration | Iterable[Any] | None,
     strict: bool,
-) -> tuple[Plan, Grams]:
-    """The plan, and the Gram matrices of the products' inputs where there is calibration data."""
+) -> tuple[Plan, Calibration | None]:
+    """The plan, and what calibration data say."""
     if isinstance(model, torch.export.ExportedProgram):
         _check_runs(model, calibration)
         model = graph.program_module(model)
@@ -127,11 +129,12 @@ def _make_plan(
     profile = resolve(device, next(model.parameters()).device)
     mix, tokens_source = _token_mix(tokens, candidates, captured.given)
     dtype = _planned_dtype(candidates)
-    grams = {} if calibration is None else input_grams(model, candidates, calibration)
-    errors, error_source = _errors(model, candidates, config, meta, grams)
+    calibrated = None if calibration is None else _calibrated(model, candidates, calibration)
+    errors, error_source = _errors(model, candidates, config, meta, calibrated)
     decisions = decide(
         candidates,
         errors,
+        losses=_losses(model, candidates, calibrated),
         budget=budget,
         config=config,
         profile=profile,
@@ -154,7 +157,7 @@ def _make_plan(
         fingerprint=checks.fingerprint(model),
         capture=captured.how,
     )
-    return made, grams
+    return made, calibrated
 
 
 def monarchify(
@@ -171,7 +174,7 @@ def monarchify(
     init: str = "project",
     device: str | DeviceProfile = "auto",
     config: MonarchConfig | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Calibration | Iterable[Any] | None = None,
     strict: bool = False,
 ) -> Any:
     """Replaces the matrix products of ``model`` that pay by Monarch products.
@@ -187,8 +190,9 @@ def monarchify(
             models too big for two. After a failure it is a valid model, and ``report`` says what was done.
         init: ``"project"`` (closed-form projection of the weights; Dao et al. 2022, section 3.3) or ``"random"`` (the
             same structure with random factors whose product has the weight's own standard deviation).
-        calibration: As for ``plan``; with a plan, too. The projection then keeps the products' outputs on these inputs
-            (``||(W - M) x||``, block descent in the norm of E[x x^T]), and not the entries of the weights.
+        calibration: As for ``plan``; with a plan, too. The projection then keeps what the model's loss feels of the
+            products' outputs on these inputs, and not the entries of the weights: block descent in the norms of
+            E[x x^T] and E[g g^T], with g the loss gradients at the outputs.
 
     Returns:
         A rewritten model of the same class, independent of the argument; the argument itself with ``inplace=True``.
@@ -222,18 +226,50 @@ def monarchify(
         "config": config,
     }
     planned_here = plan is None
-    grams: Grams = {}
+    calibrated: Calibration | None = None
     if plan is None:
         options = {"example_inputs": example_inputs, "workload": workload, "device": device, "strict": strict}
-        plan, grams = _make_plan(model, calibration=calibration, **options, **choices)
+        plan, calibrated = _make_plan(model, calibration=calibration, **options, **choices)
     elif given := [name for name, value in choices.items() if value is not None]:
         raise ConfigError(f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan.")
     checks.check_plan(model, plan)
     rewritten = [d.candidate for d in plan.rewritten]
     checks.check_weights(model, rewritten, values=True)
     if calibration is not None and not planned_here:  # else the plan has read the batches, which may come only once
-        grams = input_grams(model, rewritten, calibration)
-    return _carry_out(model, plan, init, inplace, example_inputs, grams)
+        calibrated = _calibrated(model, rewritten, calibration)
+    return _carry_out(model, plan, init, inplace, example_inputs, calibrated)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    example_inputs: Any = None,
+    include: Patterns | None = None,
+    exclude: Patterns | None = None,
+) -> Calibration:
+    """Runs the dense model on calibration data once, for any number of plans: ``calibration=calibrate(...)``.
+
+    Args:
+        model: Any ``nn.Module`` with values; it is left as it was.
+        batches: Real inputs, as for ``plan(calibration=...)``.
+        example_inputs, include, exclude: As for ``plan``; products that are not included here are projected plainly.
+
+    Returns:
+        Second moments of what every product sees and of the loss gradients at what it gives; (in, in) and (out, out)
+        float64 numbers a product.
+
+    Raises:
+        MetaDeviceError: The model has no values.
+        As ``plan`` does.
+    """
+    model = checks.check_model(model)
+    if checks.on_meta(model):
+        raise MetaDeviceError(f"{type(model).__name__} is on the meta device: it can't run calibration batches.")
+    inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
+    captured = graph.captured_module(model, inputs) or capture(model, inputs)
+    candidates, _ = select(*find_candidates(captured, model), model, include, exclude)
+    return run_calibration(model, candidates, batches)
 
 
 def report(model: nn.Module) -> Report:
@@ -280,22 +316,26 @@ def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
     print("\n".join(listing(captured)))
 
 
-def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_inputs: Any, grams: Grams) -> nn.Module:
+def _carry_out(
+    model: nn.Module, plan: Plan, init: str, inplace: bool, example_inputs: Any, calibrated: Calibration | None
+) -> nn.Module:
     """Projects every weight that the plan rewrites, and installs the factors."""
     start = time.perf_counter()
     inputs = None if example_inputs is None else user_inputs(model, example_inputs)
     before = checks.total_params(model.parameters())
     jobs = rewrite.by_parameter(plan)
     parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen = {} if calibrated is None else calibrated.statistics
     errors: dict[str, float] = {}
+    losses: dict[str, float] = {}
     weights: dict[str, MonarchWeight] = {}
 
     def finish(target: nn.Module) -> None:
         after = checks.total_params(target.parameters())
         seconds = time.perf_counter() - start
         versions = (("torch", torch.__version__),)
-        made = Report(plan, tuple(errors.items()), init, before, after, seconds, versions, calibrated=bool(grams))
-        setattr(target, _REPORT, made)
+        figures = tuple(errors.items()), init, before, after, seconds, versions
+        setattr(target, _REPORT, Report(plan, *figures, calibrated=bool(seen), losses=tuple(losses.items())))
 
     try:
         for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False, disable=len(jobs) < 2):
@@ -303,7 +343,9 @@ def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_i
 
             def make(dense: torch.Tensor, shape: MonarchShape) -> Monarch:
                 row = next(rows)  # noqa: B023 (called within the iteration)
-                monarch, errors[row] = _factors(dense, shape, init, grams.get(row))
+                monarch, errors[row] = _factors(dense, shape, init, seen.get(row))
+                if row in seen and seen[row].gradients is not None:
+                    losses[row] = _loss(dense - monarch.to_dense(), seen[row])
                 return monarch
 
             weight = rewrite.build_weight(parameters[name], decisions, make)
@@ -327,11 +369,11 @@ def _carry_out(model: nn.Module, plan: Plan, init: str, inplace: bool, example_i
     return target
 
 
-def _factors(dense: torch.Tensor, shape: MonarchShape, init: str, gram: torch.Tensor | None) -> tuple[Monarch, float]:
-    """The structure of a dense weight (batch?, out, in), and its relative error: of outputs where there is a Gram."""
-    if gram is not None:
-        monarch = project_on_inputs(dense, shape, gram)
-        return monarch, output_error(dense, monarch, gram)
+def _factors(dense: torch.Tensor, shape: MonarchShape, init: str, seen: Statistics | None) -> tuple[Monarch, float]:
+    """The structure of a dense weight (batch?, out, in), and its relative error: of outputs where it was calibrated."""
+    if seen is not None:
+        monarch = project_on_inputs(dense, shape, seen.inputs, seen.gradients)
+        return monarch, output_error(dense, monarch, seen.inputs)
     if init == "random":
         monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
         init_factors(monarch, float(dense.float().std()))
@@ -342,7 +384,32 @@ def _factors(dense: torch.Tensor, shape: MonarchShape, init: str, gram: torch.Te
     return monarch, float(difference.norm() / dense.to(wide).norm().clamp_min(torch.finfo(wide).tiny))
 
 
-def _check_runs(program: torch.export.ExportedProgram, calibration: Iterable[Any] | None) -> None:
+def _loss(wrong: torch.Tensor, seen: Statistics) -> float:
+    """Second-order increase of the loss where a weight is changed by ``wrong`` (B?, out, in); experts share statistics,
+    so that each sees one in B of the tokens."""
+    return energy(wrong, seen.inputs, seen.gradients) / (2 * (len(wrong) if wrong.ndim == 3 else 1))
+
+
+def _losses(model: nn.Module, candidates: list[Candidate], calibrated: Calibration | None) -> dict[str, float] | None:
+    """What losing a product altogether would cost, where the model's loss feels it; None without any such product."""
+    seen = {} if calibrated is None else calibrated.statistics
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    felt = [c for c in candidates if c.name in seen and seen[c.name].gradients is not None]
+    return {c.name: _loss(c.view.gather(parameters[c.parameter]), seen[c.name]) for c in felt} or None
+
+
+def _calibrated(model: nn.Module, candidates: list[Candidate], data: Calibration | Iterable[Any]) -> Calibration:
+    if not isinstance(data, Calibration):
+        return run_calibration(model, candidates, data)
+    if data.fingerprint != checks.fingerprint(model):
+        raise ConfigError(
+            f"The calibration was made with another architecture than this {type(model).__name__}: names, shapes or "
+            "ties of parameters differ."
+        )
+    return data
+
+
+def _check_runs(program: torch.export.ExportedProgram, calibration: Any) -> None:
     if calibration is not None:
         raise ConfigError(
             "An ExportedProgram can't be calibrated: rewrite the module that it was exported from, and export again."
@@ -383,7 +450,7 @@ def _planned_dtype(candidates: list[Candidate]) -> str:
 
 
 def _errors(
-    model: nn.Module, candidates: list[Candidate], config: MonarchConfig, meta: bool, grams: Grams
+    model: nn.Module, candidates: list[Candidate], config: MonarchConfig, meta: bool, calibrated: Calibration | None
 ) -> tuple[dict[str, dict[tuple[int, int], Any]], str]:
     """Relative squared errors of every candidate by grid and rank, and how they were estimated."""
     wanted = {c.name: grids(c, config) for c in candidates}
@@ -400,5 +467,10 @@ def _errors(
     wait = f" (about {seconds / 60:.0f} min)" if announced else ""
     tails = {}
     for c in tqdm(candidates, desc=f"spectra{wait}", unit="weight", leave=False, disable=len(candidates) < 2):
-        tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name], grams.get(c.name))
-    return tails, "block spectra on the calibration inputs" if grams else "block spectra of the weights"
+        seen = calibrated.statistics.get(c.name) if calibrated else None
+        known = (None, None) if seen is None else (seen.inputs, seen.gradients)
+        tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name], *known)
+    if calibrated is None or not calibrated.statistics:
+        return tails, "block spectra of the weights"
+    felt = f", in the norm of {calibrated.loss}" if calibrated.loss else ""
+    return tails, f"block spectra on the calibration inputs{felt}"

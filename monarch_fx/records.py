@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,10 +94,13 @@ class Decision:
     Attributes:
         shape: The structure of each of its matrices, or None where it stays dense.
         reason: Why dense, or why this structure.
-        error: Estimated ``||W - M||_F / ||W||_F``; 0 where it stays dense.
+        error: Estimated ``||W - M||_F / ||W||_F``, in the norm that the plan's ``error_source`` names; 0 where it stays
+            dense.
         dense_s: Predicted seconds of all its calls in one run, dense.
         time_s: The same as decided.
         break_even: Tokens from which the structure is predicted faster than dense; None: never, or dense.
+        loss: Second-order increase of the model's loss that this decision costs by itself, a token; None where no
+            calibration data tell.
     """
 
     candidate: Candidate
@@ -106,6 +110,7 @@ class Decision:
     dense_s: float
     time_s: float
     break_even: int | None
+    loss: float | None = None
 
     @property
     def params(self) -> int:
@@ -171,6 +176,11 @@ class Plan:
         """``monarch_bmm`` nodes that one run executes."""
         return sum(len(d.candidate.calls) for d in self.rewritten)
 
+    @property
+    def loss(self) -> float | None:
+        """Predicted increase of the model's loss: the sum of those of its products; None where none is known."""
+        return _sum([d.loss for d in self.decisions])
+
     def __getitem__(self, name: str) -> Decision:
         for decision in self.decisions:
             if decision.candidate.name == name:
@@ -181,7 +191,7 @@ class Plan:
     def with_shape(self, name: str, *, nblocks_out: int = 1, nblocks_in: int = 1, rank: int | None = None) -> Plan:
         """A copy in which product ``name`` has another structure, or stays dense where ``rank`` is None.
 
-        The error and the times of an edited product are not predicted again: they are NaN.
+        The error, the loss and the times of an edited product are not predicted again: they are NaN.
         """
         old = self[name]
         shape = None
@@ -196,6 +206,7 @@ class Plan:
             error=0.0 if shape is None else nan,
             time_s=old.dense_s if shape is None else nan,
             break_even=None,
+            loss=None if old.loss is None else 0.0 if shape is None else nan,
         )
         decisions = tuple(new if d is old else d for d in self.decisions)
         return dataclasses.replace(self, decisions=decisions)
@@ -228,6 +239,11 @@ class Plan:
         from monarch_fx.reporting.tables import plan_table  # printing only: records import no table library
 
         return plan_table(self)
+
+
+def _sum(losses: Sequence[float | None]) -> float | None:
+    known = [loss for loss in losses if loss is not None]
+    return sum(known) if known else None
 
 
 def _plan(data: dict[str, Any]) -> Plan:
@@ -263,6 +279,8 @@ class Report:
         params_after: The same after rewriting.
         seconds: Wall-clock time of projection and rewriting.
         versions: Of the libraries involved.
+        losses: Second-order increase of the model's loss by every rewritten product that calibration data tell of, from
+            its factors.
     """
 
     plan: Plan
@@ -273,11 +291,17 @@ class Report:
     seconds: float
     versions: tuple[tuple[str, str], ...]
     calibrated: bool = False
+    losses: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def loss(self) -> float | None:
+        """Increase of the model's loss that the factors as made predict to second order; None where it is not known."""
+        return _sum([loss for _, loss in self.losses])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as JSON takes them."""
         data = dataclasses.asdict(self)
-        return {**data, "errors": dict(self.errors), "versions": dict(self.versions)}
+        return {**data, "errors": dict(self.errors), "losses": dict(self.losses), "versions": dict(self.versions)}
 
     def __str__(self) -> str:
         from monarch_fx.reporting.tables import report_table  # printing only

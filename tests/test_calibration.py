@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import monarch_fx as mfx
-from monarch_fx.errors import ConfigError, ExampleInputsError, MetaDeviceError, StructureError
+from monarch_fx.errors import ConfigError, ExampleInputsError, MetaDeviceError, MonarchWarning, StructureError
 from monarch_fx.projection import activation, output_error, project, project_on_inputs, tail_errors
 
 # grid (nblocks_out, nblocks_in) and rank for a weight (120, 96); the last two are padded
@@ -73,7 +73,7 @@ class TestProjection:
     ) -> None:
         C, errors = activation.damped(mean_gram(inputs), 96), []
         monkeypatch.setattr(activation, "ENOUGH", -1.0)
-        for sweeps in (1, 2, 4, 8):
+        for sweeps in (0, 1, 3, 7):
             monkeypatch.setattr(activation, "SWEEPS", sweeps)
             E = weight.double() - project_on_inputs(weight.double(), structure(grid, 5), mean_gram(inputs)).to_dense()
             errors.append(float(((E @ C) * E).sum()))
@@ -112,7 +112,7 @@ class TestProjection:
             torch.testing.assert_close(found.R[i], alone.R)
 
     def test_a_gram_of_another_size_is_refused(self, weight: torch.Tensor) -> None:
-        with pytest.raises(StructureError, match=r"96 inputs is square, got shape \(95, 95\)"):
+        with pytest.raises(StructureError, match=r"96 features is square, got shape \(95, 95\)"):
             project_on_inputs(weight, structure((1, 1), 4), torch.eye(95))
 
 
@@ -158,7 +158,10 @@ def test_a_whole_model(model: nn.Module, batches: list[torch.Tensor]) -> None:
     assert type(model.raw) is nn.Parameter
     report = mfx.report(ours)
     assert len(report.errors) == 4
-    assert report.plan.error_source == "block spectra on the calibration inputs"
+    assert (
+        report.plan.error_source
+        == "block spectra on the calibration inputs, in the norm of half the relative squared error of its output"
+    )
     assert "of outputs on the calibration inputs" in str(report)
     exact = outputs(model, batches)
     fresh = [torch.randn(4, 10, 8) for _ in range(8)]
@@ -235,7 +238,8 @@ def test_a_product_that_no_batch_reaches_is_projected_plainly(model: nn.Module) 
 
     gated, x = Gated().eval(), torch.randn(5, 64)
     options = {"example_inputs": (x,), "config": mfx.MonarchConfig(nblocks=2, rank=16)}
-    unseen = mfx.monarchify(gated, calibration=iter([{"x": x, "times": 0}]), **options)
+    with pytest.warns(MonarchWarning, match="doesn't depend on any product"):
+        unseen = mfx.monarchify(gated, calibration=iter([{"x": x, "times": 0}]), **options)
     plain = mfx.monarchify(gated, **options)
     torch.testing.assert_close(unseen.inner.weight.R, plain.inner.weight.R)
     assert not mfx.report(unseen).calibrated

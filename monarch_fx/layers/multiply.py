@@ -34,12 +34,12 @@ def multiplier(operand: DenseLike, matrix: MatrixView) -> Multiply:
     picks = match.element if match.element is not None else index
 
     def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
-        if root.observer is not None:
-            root.observer(match, x)
-        if match.rows is not None:
+        if match.rows is None:
+            y = product(x, bias, offs)
+        else:
             y = product(x)[..., match.rows]
-            return y if bias is None else y + bias
-        return product(x, bias, offs)
+            y = y if bias is None else y + bias
+        return y if root.observer is None else root.observer(match, x, y)
 
     def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
         if shape is None:

@@ -191,7 +191,8 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
         requires_grad: bool = True,
     ) -> None:
         super().__init__()
-        self.observer: Callable[[Match, Any], None] | None = None  # sees the inputs of every product, when calibrating
+        # sees inputs and outputs of every product when calibrating, and gives the outputs back
+        self.observer: Callable[[Match, Any, Any], Any] | None = None
         self.strided = StridedView.whole(shape)
         self.views = tuple(view for view, _ in pieces)
         self.shapes: tuple[MonarchShape | None, ...] = tuple(

@@ -1,85 +1,185 @@
-"""Model + calibration batches -> the mean of x x^T over the inputs of every product."""
+"""Model + calibration batches -> what every product sees, and how much the model's loss feels what it gives.
+
+The loss increase of changing a weight W to W + D is ``1/2 E sum_t (g_t^T D x_t)^2`` to second order (Gauss-Newton),
+with x_t the product's input and g_t the loss gradient at its output for token t. With the two taken as independent
+(Kronecker-factored: Martens & Grosse 2015, arXiv 1503.05671) that is ``1/2 tr(G D C D^T)``, C = E[x x^T], G = E[g g^T].
+Both come from one pass, forward and backward. ``losses.py`` says what the loss is.
+"""
 
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from monarch_fx.errors import ConfigError
+from monarch_fx.errors import ConfigError, MonarchWarning
 from monarch_fx.layers.match import Match
-from monarch_fx.passes import rewrite
+from monarch_fx.passes import checks, rewrite
 from monarch_fx.passes.inputs import Inputs, user_inputs
+from monarch_fx.passes.losses import loss_gradient
 from monarch_fx.records import Candidate
 
 ROWS_AT_ONCE = 4096  # added up in float32, then in float64
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """Second moments of a product over the calibration data, float64.
+
+    Attributes:
+        inputs: (in, in), the mean of x x^T over its inputs.
+        gradients: (out, out), the sum of g g^T over its outputs for each token of the model's loss; None where no loss
+            was differentiated, or it doesn't depend on the product.
+    """
+
+    inputs: Tensor
+    gradients: Tensor | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the products of a model see and what its loss feels of them; made by ``monarch_fx.calibrate``.
+
+    Attributes:
+        statistics: By the name of the product; those that saw any input.
+        loss: What was differentiated, in words; None where nothing could be.
+        fingerprint: Hash of names, shapes and ties of the model's parameters.
+    """
+
+    statistics: Mapping[str, Statistics]
+    loss: str | None
+    fingerprint: str
+
+
 @dataclass
 class _Sums:
-    """Sums of x x^T by candidate, and how many x there were; ``mask`` tells which tokens of the running batch count."""
+    """Sums over tokens by candidate; ``mask`` tells which tokens of the running batch count.
 
-    grams: dict[str, torch.Tensor] = field(default_factory=dict)
+    ``anchor`` is what makes outputs differentiable though no parameter is.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    mask: torch.Tensor | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    tokens: int = 0
+    loss: str | None = None
+    mask: Tensor | None = None
+    anchor: Tensor | None = None
 
-    def add(self, names: Sequence[str], match: Match, x: torch.Tensor) -> None:
+    def observe(self, candidates: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
         if match.flipped:  # the transposed weight sees what the plain one gives
-            return
+            return y
+        candidate = candidates[match.piece]
+        rows = self._counted(x)
+        _add(self.inputs, candidate.name, rows, rows.shape[1])
+        self.counts[candidate.name] = self.counts.get(candidate.name, 0) + len(rows)
+        if self.anchor is not None:
+            y = y + self.anchor
+            y.register_hook(functools.partial(self._feel, candidate, match.rows))
+        return y
+
+    def _feel(self, candidate: Candidate, part: slice | None, gradient: Tensor) -> None:
+        _add(self.gradients, candidate.name, self._counted(gradient), candidate.out_features, part)
+
+    def _counted(self, x: Tensor) -> Tensor:
+        """The rows (tokens, features) that count."""
         if self.mask is not None and x.shape[:-1] == self.mask.shape:
             x = x[self.mask]
-        rows = x.detach().reshape(-1, x.shape[-1])
-        name = names[match.piece]
-        gram = self.grams.setdefault(name, rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64))
-        wide = torch.promote_types(rows.dtype, torch.float32)
-        for part in rows.split(ROWS_AT_ONCE):
-            gram += (part.to(wide).mT @ part.to(wide)).double()
-        self.counts[name] = self.counts.get(name, 0) + len(rows)
+        return x.detach().reshape(-1, x.shape[-1])
+
+    def start_again_without_gradients(self) -> None:
+        self.inputs.clear()
+        self.counts.clear()
+        self.gradients.clear()
+        self.anchor = None
+
+    def statistics(self) -> dict[str, Statistics]:
+        found = {}
+        for name, count in self.counts.items():
+            gradients = self.gradients.get(name)
+            if gradients is not None:
+                gradients = gradients / self.tokens if gradients.any() else None
+            if count:
+                found[name] = Statistics(self.inputs[name] / count, gradients)
+        return found
 
 
-@torch.no_grad()
-def input_grams(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any]) -> dict[str, torch.Tensor]:
-    """Runs the dense model on every batch, in eval mode, and leaves it as it was.
+def _add(sums: dict[str, Tensor], name: str, rows: Tensor, size: int, part: slice | None = None) -> None:
+    """Adds the sum of r r^T over the rows to ``sums[name]`` (size, size), or to a diagonal block of it."""
+    total = sums.setdefault(name, rows.new_zeros(size, size, dtype=torch.float64))
+    total = total if part is None else total[part, part]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    for some in rows.split(ROWS_AT_ONCE):
+        total += (some.to(wide).mT @ some.to(wide)).double()
+
+
+def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any]) -> Calibration:
+    """Runs the dense model forward and backward on every batch once, in eval mode, and leaves it as it was.
 
     Args:
-        model: The dense model.
-        candidates: Whose inputs are wanted.
+        model: The dense model. Where its outputs can't be differentiated, that is warned of, and gradients are None.
+        candidates: Products whose statistics are wanted.
         batches: Each a tensor, a tuple of positional or a mapping of keyword arguments of ``forward``. Where they have
             an ``attention_mask`` (batch, tokens), tokens that it hides don't count.
 
     Returns:
-        (in, in) float64 for each candidate that saw any input; experts of one weight share theirs.
+        The statistics of each candidate that saw any input; experts of one weight share theirs.
 
     Raises:
         ConfigError: ``batches`` is a single batch, or empty.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
-    if isinstance(batches, (torch.Tensor, Mapping)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
         raise ConfigError(
             f"calibration is an iterable of batches, such as a list or a DataLoader; got a {type(batches).__name__}. "
             "Put a single batch into a list."
         )
-    sums = _Sums()
-    twin = _observed(model, candidates, sums).eval()
     device = next(model.parameters()).device
-    number = 0
+    sums = _Sums(anchor=torch.zeros((), device=device, requires_grad=True))
+    twin = _observed(model, candidates, sums).eval().requires_grad_(False)
+    draw = torch.Generator(device).manual_seed(0)  # the same plan every time, and the user's own generator left alone
+    first = True
     for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False):
         inputs = user_inputs(model, batch).on(device)
         sums.mask = _mask(inputs)
-        twin(*inputs.args, **inputs.kwargs)
-        number += 1
-    if number == 0:
+        if sums.anchor is not None:
+            try:
+                _forward_and_backward(twin, inputs, sums, draw)
+            except RuntimeError as error:
+                if not first:
+                    raise
+                warnings.warn(
+                    f"{type(model).__name__} can't be differentiated on the calibration data: {error}. The plan goes "
+                    "by the errors of the products' outputs, not by what the model's loss feels of them.",
+                    MonarchWarning,
+                    stacklevel=3,
+                )
+                sums.start_again_without_gradients()
+        if sums.anchor is None:
+            with torch.no_grad():
+                twin(*inputs.args, **inputs.kwargs)
+        first = False
+    if first:
         raise ConfigError("calibration has no batches.")
-    return {name: gram / sums.counts[name] for name, gram in sums.grams.items() if sums.counts[name]}
+    return Calibration(sums.statistics(), sums.loss, checks.fingerprint(model))
+
+
+def _forward_and_backward(twin: nn.Module, inputs: Inputs, sums: _Sums, draw: torch.Generator) -> None:
+    with torch.enable_grad():
+        output = twin(*inputs.args, **inputs.kwargs)
+    tensor, gradient, sums.loss = loss_gradient(output, sums.mask, draw)
+    tensor.backward(gradient)
+    sums.tokens += int(gradient.any(-1).sum())
 
 
 def _observed(model: nn.Module, candidates: Sequence[Candidate], sums: _Sums) -> nn.Module:
-    """A copy of ``model`` that shares the candidates' values with it, and adds up what they are multiplied with."""
+    """A copy of ``model`` that shares the candidates' values with it, and tells ``sums`` what its products see."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_parameter: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -87,11 +187,11 @@ def _observed(model: nn.Module, candidates: Sequence[Candidate], sums: _Sums) ->
     twin = rewrite.copy_without(model, by_parameter)
     for name, mine in by_parameter.items():
         weight = rewrite.dense_weight(parameters[name], [candidate.view for candidate in mine])
-        weight.observer = functools.partial(sums.add, [candidate.name for candidate in mine])
+        weight.observer = functools.partial(sums.observe, mine)
         rewrite.install(twin, name, weight)
     return twin
 
 
-def _mask(inputs: Inputs) -> torch.Tensor | None:
+def _mask(inputs: Inputs) -> Tensor | None:
     mask = inputs.kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

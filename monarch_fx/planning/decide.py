@@ -66,6 +66,7 @@ def decide(
     candidates: Sequence[Candidate],
     errors: Errors,
     *,
+    losses: Mapping[str, float] | None = None,
     budget: float | None,
     config: MonarchConfig,
     profile: DeviceProfile,
@@ -76,15 +77,18 @@ def decide(
 ) -> tuple[Decision, ...]:
     """Chooses dense or one structure for every candidate.
 
-    The sum of relative squared errors, each weighted by its product's parameters times calls (its share of the work),
-    is made smallest under the budget; of structures with about the same error the fastest is taken, and none that is
-    not predicted clearly faster than dense, where ``config.require_speedup``. A structure that the user forces (a grid
-    with a rank, or without a budget) is taken whatever it costs.
+    The sum of relative squared errors, each weighted by what losing its product would cost (``losses``; else by its
+    parameters times calls, its share of the work), is made smallest under the budget; of structures with about the same
+    error the fastest is taken, and none that is not predicted clearly faster than dense, where
+    ``config.require_speedup``. A structure that the user forces (a grid with a rank, or without a budget) is taken
+    whatever it costs.
 
     Args:
         candidates: The eligible products.
         errors: ``errors[name][nblocks_out, nblocks_in][rank]`` is the relative squared error of that structure, for the
             grids that ``grids`` names and all ranks up to ``min(s, p)``.
+        losses: ``losses[name]`` is the increase of the model's loss where the product gives nothing. What is not among
+            them weighs per parameter and call what the median of those weighs.
         budget: Share of the candidates' parameters that may be kept, in (0, 1]; None with a forced grid.
         config: Further choices.
         profile: The device that is planned for.
@@ -105,8 +109,12 @@ def decide(
     if budget is None or is_forced(config, budget):
         chosen, why = [menu.options[0] for menu in menus], "forced by config"
     else:
-        chosen, why = _within(budget, menus, strict)
-    return tuple(_decision(menu, option, why, run) for menu, option in zip(menus, chosen, strict=True))
+        chosen, why = _within(budget, menus, _weights(candidates, losses), strict)
+    known = losses or {}
+    return tuple(
+        _decision(menu, option, why, run, known.get(menu.candidate.name))
+        for menu, option in zip(menus, chosen, strict=True)
+    )
 
 
 def _menu(
@@ -137,13 +145,22 @@ def _menu(
     return Menu(candidate, dense, (dense, *allowed), refusal)
 
 
-def _within(budget: float, menus: Sequence[Menu], strict: bool) -> tuple[list[Option], str]:
+def _weights(candidates: Sequence[Candidate], losses: Mapping[str, float] | None) -> list[float]:
+    """Of every candidate's relative squared error; the median stands for what is not known."""
+    work = [float(len(c.calls) * c.params) for c in candidates]
+    if losses is None:
+        return work
+    known = [losses[c.name] / w for c, w in zip(candidates, work, strict=True) if c.name in losses]
+    usual = float(np.median(known))
+    return [losses.get(c.name, usual * w) for c, w in zip(candidates, work, strict=True)]
+
+
+def _within(budget: float, menus: Sequence[Menu], weights: Sequence[float], strict: bool) -> tuple[list[Option], str]:
     """The best choice under the budget, or the smallest one where the budget can't be reached."""
     eligible = sum(menu.candidate.params for menu in menus)
     smallest = [pareto(menu.options)[0] for menu in menus]
     reached = sum(option.params for option in smallest)
     if reached <= budget * eligible:
-        weights = [len(menu.candidate.calls) * menu.candidate.params for menu in menus]
         best = solve([menu.options for menu in menus], weights, int(budget * eligible))
         chosen = [fastest_alike(menu.options, option) for menu, option in zip(menus, best, strict=True)]
         return chosen, "smallest error under the budget"
@@ -170,7 +187,7 @@ def _in_the_way(budget: float, menus: Sequence[Menu], smallest: Sequence[Option]
     return ", ".join(named + more)
 
 
-def _decision(menu: Menu, option: Option, why: str, run: Run) -> Decision:
+def _decision(menu: Menu, option: Option, why: str, run: Run, loss: float | None) -> Decision:
     shape = option.shape
     break_even = None
     if shape is not None:
@@ -185,6 +202,7 @@ def _decision(menu: Menu, option: Option, why: str, run: Run) -> Decision:
         dense_s=menu.dense.time_s,
         time_s=option.time_s,
         break_even=break_even,
+        loss=None if loss is None else loss * option.error2,
     )
 
 

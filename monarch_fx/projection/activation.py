@@ -1,12 +1,14 @@
-"""Dense weight -> the Monarch matrix whose outputs are nearest on given inputs, not whose entries are.
+"""Dense weight -> the Monarch matrix whose outputs are nearest on given inputs, as the model's loss feels them.
 
-With C = E[x x^T] of the inputs the error is ``tr (W - M) C (W - M)^T``. A single column of blocks is solved exactly by
-the SVD of W C^(1/2) (as in SVD-LLM, arXiv 2403.07378); several columns by block descent, each step of which is exact:
+With C = E[x x^T] of the inputs and G = E[g g^T] of the loss gradients at the outputs the error is
+``tr G (W - M) C (W - M)^T``; without gradients G = I, and it is that of the outputs themselves. A single block is
+solved exactly by the SVD of G^(1/2) W C^(1/2) (with G = I as in SVD-LLM, arXiv 2403.07378); several by block descent,
+each step of which is exact:
 
-    T_jk = W_jk + sum over l != k of (W_jl - M_jl) C_lk C_kk^-1      what block (j, k) has to be, the others given
-    M_jk = best rank-r approximation of T_jk in the norm of C_kk
+    T_jk = M_jk + G_jj^-1 (G (W - M) C)_jk C_kk^-1      what block (j, k) has to be, the others given
+    M_jk = best rank-r approximation of T_jk in the norms of G_jj and C_kk
 
-and by a joint least-squares fit of all L_j at the end. Neither can make the error larger.
+and by a least-squares fit of the L_j, row by row, at the end. None of them can make the error larger.
 """
 
 from __future__ import annotations
@@ -19,108 +21,116 @@ from monarch_fx.projection.blocks import check_weight, cut
 from monarch_fx.projection.closed_form import balanced, project
 from monarch_fx.structure import Monarch, MonarchShape
 
-DAMPING = 1e-3  # of the mean energy of an input, added to every input's: what few calibration tokens can't tell apart
+DAMPING = 1e-3  # of the mean energy, added to every feature's: what few calibration tokens can't tell apart
 SWEEPS = 8
 ENOUGH = 1e-3  # a sweep that lowers the error by less is the last one
 RIDGE = 1e-12
 
 
 @torch.no_grad()
-def project_on_inputs(weight: Tensor, shape: MonarchShape, gram: Tensor) -> Monarch:
+def project_on_inputs(weight: Tensor, shape: MonarchShape, gram: Tensor, gradients: Tensor | None = None) -> Monarch:
     """The Monarch matrix of this shape whose outputs are nearest to those of ``weight``.
 
     Args:
         weight: (out, in), or (B, out, in) for B matrices that see the same inputs; real.
         shape: Size, grid and rank.
         gram: (in, in), the mean of x x^T over calibration inputs.
+        gradients: (out, out), the mean of g g^T over loss gradients at the outputs; None: all outputs count alike.
 
     Returns:
         Factors in the weight's dtype, on its device. Never worse on those inputs than ``project``.
 
     Raises:
-        StructureError, WeightError, MetaDeviceError: As ``project``, or ``gram`` has another size.
+        StructureError, WeightError, MetaDeviceError: As ``project``, or a Gram matrix has another size.
     """
     check_weight(weight)
     C = damped(gram.to(weight.device), shape.in_features)
+    G = torch.eye(shape.out_features, dtype=C.dtype, device=C.device)
+    if gradients is not None:
+        G = damped(gradients.to(weight.device), shape.out_features)
     best = project(weight, shape)
     monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, weight.dtype, weight.device)
     parts = (weight.detach(), monarch.L, monarch.R)
     for matrix, L, R in zip(*(t if weight.ndim == 3 else t[None] for t in parts), strict=True):
-        left, right = balanced(*_descend(matrix.double(), shape, C))
+        left, right = balanced(*_descend(matrix.double(), shape, C, G))
         L.copy_(left)
         R.copy_(right.transpose(0, 1))
-    return min(monarch, best, key=lambda found: output_error(weight, found, gram))
+    return min(monarch, best, key=lambda found: output_error(weight, found, gram, gradients))
 
 
-def output_error(weight: Tensor, monarch: Monarch, gram: Tensor) -> float:
-    """``||(W - M) x|| / ||W x||`` over the inputs that ``gram`` is the mean of; root mean square."""
-    C = gram.to(weight.device).double()
-    W = weight.detach().double()
-    E = W - monarch.to_dense().detach().double()
-    energy = ((W @ C) * W).sum().clamp_min(torch.finfo(torch.float64).tiny)
-    return float((((E @ C) * E).sum().clamp_min(0) / energy).sqrt())
+def output_error(weight: Tensor, monarch: Monarch, gram: Tensor, gradients: Tensor | None = None) -> float:
+    """``||(W - M) x|| / ||W x||`` over the inputs that ``gram`` is the mean of; root mean square, in the norm of
+    ``gradients`` where they are given."""
+    wrong = weight.detach().double() - monarch.to_dense().detach().double()
+    total = max(energy(weight, gram, gradients), torch.finfo(torch.float64).tiny)
+    return (max(0.0, energy(wrong, gram, gradients)) / total) ** 0.5
 
 
-def damped(gram: Tensor, in_features: int) -> Tensor:
+def energy(matrix: Tensor, gram: Tensor, gradients: Tensor | None = None) -> float:
+    """``tr G A C A^T`` of a matrix A (out, in), summed over a batch of them."""
+    A = matrix.detach().double()
+    felt = A if gradients is None else gradients.to(A.device).double() @ A
+    return float(((A @ gram.to(A.device).double()) * felt).sum())
+
+
+def damped(gram: Tensor, features: int) -> Tensor:
     """C + lambda I in float64: every formula uses the same one, or the descent would not be monotone.
 
     Raises:
-        StructureError: ``gram`` is not (in_features, in_features).
+        StructureError: ``gram`` is not (features, features).
     """
-    if tuple(gram.shape) != (in_features, in_features):
-        raise StructureError(f"The Gram matrix of {in_features} inputs is square, got shape {tuple(gram.shape)}.")
+    if tuple(gram.shape) != (features, features):
+        raise StructureError(f"The Gram matrix of {features} features is square, got shape {tuple(gram.shape)}.")
     C = gram.double()
-    energy = float(C.diagonal().mean()) or 1.0
-    return (C + C.mT) / 2 + DAMPING * energy * torch.eye(in_features, dtype=C.dtype, device=C.device)
+    mean = float(C.diagonal().mean()) or 1.0
+    return (C + C.mT) / 2 + DAMPING * mean * torch.eye(features, dtype=C.dtype, device=C.device)
 
 
-def whitened(matrix: Tensor, gram: Tensor, nblocks_in: int) -> Tensor:
-    """The matrix (out, nblocks_in * p) whose blocks have W_k C_kk^(1/2) in the place of W_k, up to a rotation."""
-    C, W = damped(gram, matrix.shape[1]), matrix.double()
-    roots = torch.linalg.cholesky(_diagonal(_padded(C, nblocks_in), nblocks_in))
-    blocks = cut(W, (1, nblocks_in))[0] @ roots  # (n_in, out, p)
-    return blocks.transpose(0, 1).flatten(1)
+def block_roots(C: Tensor, nblocks: int) -> Tensor:
+    """Lower triangular roots (nblocks, p, p) of the diagonal blocks of C, padded to equal sizes."""
+    return torch.linalg.cholesky(_diagonal(_padded(C, nblocks), nblocks))
 
 
-def _padded(C: Tensor, nblocks_in: int) -> Tensor:
-    """With inputs that are never anything behind the last: they get the smallest energy, and keep roots regular."""
-    more = -C.shape[0] % nblocks_in
+def _padded(C: Tensor, nblocks: int) -> Tensor:
+    """With features that are never anything behind the last: they get the smallest energy, and keep roots regular."""
+    more = -C.shape[0] % nblocks
     return (
         torch.block_diag(C, float(C.diagonal().min()) * torch.eye(more, dtype=C.dtype, device=C.device)) if more else C
     )
 
 
-def _diagonal(C: Tensor, nblocks_in: int) -> Tensor:
-    """The diagonal blocks (n_in, p, p)."""
-    return C.unflatten(1, (nblocks_in, -1)).unflatten(0, (nblocks_in, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+def _diagonal(C: Tensor, nblocks: int) -> Tensor:
+    """The diagonal blocks (nblocks, p, p)."""
+    return C.unflatten(1, (nblocks, -1)).unflatten(0, (nblocks, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _descend(matrix: Tensor, shape: MonarchShape, C: Tensor) -> tuple[Tensor, Tensor]:
+def _descend(matrix: Tensor, shape: MonarchShape, C: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
     """L (n_out, n_in, rank, s) and R (n_out, n_in, rank, p)."""
-    n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
+    n_out, n_in = shape.nblocks_out, shape.nblocks_in
     W = cut(matrix, (n_out, n_in))  # (n_out, n_in, s, p)
-    C = _padded(C, n_in)
-    own = _diagonal(C, n_in)
-    roots = torch.linalg.cholesky(own)
-    L = W.new_zeros(n_out, n_in, rank, shape.s)
-    R = W.new_zeros(n_out, n_in, rank, shape.p)
-    E = W.clone()
+    left, right = block_roots(G, n_out), block_roots(C, n_in)
+    L, R = _best(W, left[:, None], right, shape.rank)
+    if n_out == n_in == 1:
+        return L, R
+    C, G = _padded(C, n_in), _padded(G, n_out)
+    E = W - L.mT @ R
     error = float("inf")
-    for sweep in range(SWEEPS):
+    for _ in range(SWEEPS):
         for k in range(n_in):
-            T = W[:, k]
-            if sweep:
-                columns = C[:, k * shape.p : (k + 1) * shape.p]
-                others = _rows(E) @ columns - (E[:, k] @ own[k]).flatten(0, 1)
-                T = T + torch.cholesky_solve(others.mT, roots[k]).mT.unflatten(0, (n_out, -1))
-            L[:, k], R[:, k] = _best(T, roots[k], rank)
-            E[:, k] = W[:, k] - L[:, k].mT @ R[:, k]
-        if n_in == 1:
-            return L, R
-        last, error = error, float(((_rows(E) @ C) * _rows(E)).sum())
+            columns = C[:, k * shape.p : (k + 1) * shape.p]
+            EC = _rows(E) @ columns  # (out, p)
+            for j in range(n_out):
+                rows = slice(j * shape.s, (j + 1) * shape.s)
+                old = L[j, k].mT @ R[j, k]
+                step = torch.cholesky_solve(torch.cholesky_solve(G[rows] @ EC, left[j]).mT, right[k]).mT
+                L[j, k], R[j, k] = _best(old + step, left[j], right[k], shape.rank)
+                change = old - L[j, k].mT @ R[j, k]
+                E[j, k] += change
+                EC[rows] += change @ columns[k * shape.p : (k + 1) * shape.p]
+        last, error = error, float(((G @ _rows(E) @ C) * _rows(E)).sum())
         if error > (1 - ENOUGH) * last:
             break
-    return _refitted(W, R, C), R
+    return _refitted(W, E, L, R, C, G, left), R
 
 
 def _rows(blocks: Tensor) -> Tensor:
@@ -128,23 +138,31 @@ def _rows(blocks: Tensor) -> Tensor:
     return blocks.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
-def _best(T: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """L (n_out, rank, s) and R (n_out, rank, p) with ``(T - L^T R) root`` smallest, for T (n_out, s, p)."""
-    A = T @ root
+def _best(T: Tensor, left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """L (..., rank, s) and R (..., rank, p) with ``left^T (T - L^T R) right`` smallest, for T (..., s, p)."""
+    A = left.mT @ T @ right
     if A.shape[-2] <= A.shape[-1]:
-        left = torch.linalg.eigh(A @ A.mT).eigenvectors[..., -rank:].mT
-        return left, left @ T  # the projection onto the rows' span commutes with the root
+        vectors = torch.linalg.eigh(A @ A.mT).eigenvectors[..., -rank:]
+        # the projection onto the rows' span commutes with the right root
+        return torch.linalg.solve_triangular(left.mT, vectors, upper=True).mT, (left @ vectors).mT @ T
     vectors = torch.linalg.eigh(A.mT @ A).eigenvectors[..., -rank:]
-    return (A @ vectors).mT, torch.linalg.solve_triangular(root.mT, vectors, upper=True).mT
+    return (T @ right @ vectors).mT, torch.linalg.solve_triangular(right.mT, vectors, upper=True).mT
 
 
-def _refitted(W: Tensor, R: Tensor, C: Tensor) -> Tensor:
-    """All L of a row of blocks together: ``L_j = (V_j C V_j^T)^-1 V_j C W_j^T``, V_j the R_jk on a block diagonal."""
+def _refitted(W: Tensor, E: Tensor, L: Tensor, R: Tensor, C: Tensor, G: Tensor, left: Tensor) -> Tensor:
+    """All L of a row of blocks together, one row after the other: ``L_j = (V_j C V_j^T)^-1 V_j C T_j^T`` with V_j the
+    R_jk on a block diagonal, and ``T_j = M_j + G_jj^-1 (G (W - M))_j`` what the row has to be."""
     n_out, n_in, rank, _ = R.shape
-    found = []
+    s = W.shape[2]
+    L = L.clone()
     for j in range(n_out):
-        VC = torch.block_diag(*R[j]) @ C  # (n_in * rank, n_in * p)
-        normal = VC @ torch.block_diag(*R[j]).mT
+        rows = slice(j * s, (j + 1) * s)
+        M = _rows((W - E)[j : j + 1])
+        T = M + torch.cholesky_solve(G[rows] @ _rows(E), left[j])
+        V = torch.block_diag(*R[j])
+        VC = V @ C  # (n_in * rank, n_in * p)
+        normal = VC @ V.mT
         normal.diagonal().add_(RIDGE * float(normal.diagonal().mean()))
-        found.append(torch.linalg.solve(normal, VC @ W[j].transpose(0, 1).flatten(1).mT).unflatten(0, (n_in, rank)))
-    return torch.stack(found)
+        L[j] = torch.linalg.solve(normal, VC @ T.mT).unflatten(0, (n_in, rank))
+        E[j] = W[j] - L[j].mT @ R[j]
+    return L

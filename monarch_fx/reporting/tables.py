@@ -41,6 +41,7 @@ def report_table(report: Report) -> str:
     rows = [
         ("done", f"{len(done)} of {len(plan.rewritten)} planned products {how} in {report.seconds:.1f} s"),
         ("parameters", f"{report.params_before:,} -> {report.params_after:,}"),
+        *(() if report.loss is None else (("loss as made", f"+{report.loss:.3g} to second order, from the factors"),)),
         ("made with", ", ".join(f"{name} {version}" for name, version in report.versions)),
     ]
     return _render([_grid([*rows, *_summary(plan)]), *_products(plan, done, undone)])
@@ -84,6 +85,11 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
             f"{milliseconds(dense_s)} -> {milliseconds(time_s)} ms a run in these products{_gain(dense_s, time_s)}",
         ),
         ("planned for", f"{plan.device}, {plan.dtype}, {plan.workload}, {tokens} tokens ({plan.tokens_source})"),
+        *(
+            ()
+            if plan.loss is None
+            else (("loss", f"{_unless_nan(plan.loss, f'+{plan.loss:.3g}')} predicted to second order"),)
+        ),
         ("errors", plan.error_source),
         ("captured by", plan.capture),
         *(("note", note) for note in plan.notes),
