@@ -172,6 +172,20 @@ def test_compiled_activations_in_the_epilogue(mode: str | None, tokens: int) -> 
     assert not any("silu" in name or "gelu" in name for name in names), names
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_device_that_is_not_the_current_one() -> None:
+    layer = mfx.MonarchLinear(256, 512, (2, 4), 48, device="cuda:1", dtype=torch.bfloat16)
+    assert torch.cuda.current_device() == 0
+    for tokens in (1, 200):
+        x = torch.randn(tokens, 256, device="cuda:1", dtype=torch.bfloat16, requires_grad=True)
+        exact, scale = exact_and_scale(x.double(), layer)
+        with torch.no_grad():
+            assert ((layer(x).double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
+        layer(x).sum().backward()
+        assert x.grad is not None and x.grad.device == x.device
+    assert torch.cuda.current_device() == 0
+
+
 def test_a_kernel_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.errors import TritonError
 
