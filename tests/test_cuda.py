@@ -182,7 +182,8 @@ def test_a_device_that_is_not_the_current_one() -> None:
         with torch.no_grad():
             assert ((layer(x).double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
         layer(x).sum().backward()
-        assert x.grad is not None and x.grad.device == x.device
+        assert x.grad is not None
+        assert x.grad.device == x.device
     assert torch.cuda.current_device() == 0
 
 
