@@ -17,7 +17,8 @@ import benchmarks.cpu
 import benchmarks.gpu
 import benchmarks.gpu_models
 import benchmarks.nodes
-import benchmarks.planning  # noqa: F401  (registers its benchmarks)
+import benchmarks.planning
+import benchmarks.quality  # noqa: F401  (registers its benchmarks)
 from benchmarks.registry import BENCHMARKS, Benchmark, Table
 
 RESULTS = Path(__file__).parent / "results"

@@ -81,7 +81,8 @@ class _Sums:
         self.counts[candidate.name] = self.counts.get(candidate.name, 0) + len(rows)
         if self.anchor is not None:
             y = y + self.anchor
-            y.register_hook(functools.partial(self._feel, candidate, match.rows))
+            if y.requires_grad:  # not where the model itself turned gradients off
+                y.register_hook(functools.partial(self._feel, candidate, match.rows))
         return y
 
     def _feel(self, candidate: Candidate, part: slice | None, gradient: Tensor) -> None:

@@ -39,9 +39,12 @@ def loss_gradient(output: Any, mask: Tensor | None, draw: torch.Generator) -> tu
     logits = getattr(output, "logits", None)
     categorical = isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.shape[-1] > 1
     floats = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-    if not floats:
+    if categorical and isinstance(logits, Tensor):
+        tensor = logits
+    elif floats:
+        tensor = floats[0]
+    else:
         raise NotDifferentiableError(f"its output, a {type(output).__name__}, has no floating-point tensor")
-    tensor = logits if categorical and isinstance(logits, Tensor) else floats[0]
     if not tensor.requires_grad:
         raise NotDifferentiableError("its output doesn't depend on any product in a differentiable way")
     values = tensor.detach().float()

