@@ -14,7 +14,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 LENGTH = 256  # tokens of a sequence
 CALIBRATION, TEST = 32, 16  # sequences
 PARAGRAPHS, SENTENCES = 256, 32  # MiniLM: of calibration and of test text; in one batch
-OURS, UNIFORM = "ours", "whitened low rank, uniform"
+OURS = "ours"
+UNIFORM = "whitened low rank, uniform"  # SVD-LLM, arXiv 2403.07378
 PERPLEXITY_TARGET = 1 / 0.75  # perplexity increase of uniform whitened low rank over ours, at budgets 0.5 to 0.8
 ERROR_TARGET = 4.0  # output errors of plain Monarch over ours
 MARKUP = r"\{\{[^{}]*\}\}|<ref[^>]*>.*?</ref>|<[^>]+>|'''?|\[\[(?:[^\]|]*\|)?([^\]]*)\]\]"
@@ -51,7 +52,7 @@ class Subject:
         choices = mfx.MonarchConfig(require_speedup=False, **config)
         return {"example_inputs": self.example, "include": self.include, "config": choices}
 
-    def uniform(self, budget: float, nblocks: int, calibrated: bool) -> nn.Module:
+    def uniform(self, budget: float, nblocks: int, calibration: mfx.Calibration | None) -> nn.Module:
         """The same share of every product, on one grid."""
         plan = mfx.plan(self.model, **self.options(nblocks=nblocks))
         for decision in plan.decisions:
@@ -59,17 +60,23 @@ class Subject:
             one = mfx.MonarchShape(*size, nblocks, nblocks, 1)
             rank = int(budget * size[0] * size[1] / one.params)
             plan = plan.with_shape(decision.candidate.name, nblocks_out=nblocks, nblocks_in=nblocks, rank=rank)
-        return mfx.monarchify(self.model, plan=plan, calibration=self.calibration if calibrated else None)
+        return mfx.monarchify(self.model, plan=plan, calibration=calibration)
+
+    def inputs_alone(self) -> mfx.Calibration:
+        """The calibration without what the loss feels."""
+        seen = {name: replace(found, gradients=None) for name, found in self.calibration.statistics.items()}
+        return replace(self.calibration, statistics=seen, loss=None)
 
     def planned(self, budget: float, **config: Any) -> nn.Module:
         return mfx.monarchify(self.model, budget, calibration=self.calibration, **self.options(**config))
 
 
 METHODS: dict[str, Callable[[Subject, float], nn.Module]] = {
-    "plain Monarch, 4 blocks": lambda subject, budget: subject.uniform(budget, 4, calibrated=False),
-    "plain low rank": lambda subject, budget: subject.uniform(budget, 1, calibrated=False),
-    UNIFORM: lambda subject, budget: subject.uniform(budget, 1, calibrated=True),
-    "low rank, our plan": lambda subject, budget: subject.planned(budget, nblocks=1),
+    "plain Monarch, 4 blocks": lambda subject, budget: subject.uniform(budget, 4, None),
+    "plain low rank": lambda subject, budget: subject.uniform(budget, 1, None),
+    UNIFORM: lambda subject, budget: subject.uniform(budget, 1, subject.inputs_alone()),
+    "low rank by loss, uniform": lambda subject, budget: subject.uniform(budget, 1, subject.calibration),
+    "low rank by loss, our plan": lambda subject, budget: subject.planned(budget, nblocks=1),
     OURS: lambda subject, budget: subject.planned(budget),
 }
 
@@ -152,21 +159,33 @@ def _table(
             found: dict[str, Any] = dict(measure(compressed))
             found |= {"kept": report.plan.reached, "loss": report.loss, "error": _output_error(subject, compressed)}
             results[method] = found
-            loss = "" if report.loss is None else f"+{report.loss:.3g}"
-            figures = (f"{found[name]:.4g}" for name in names)
-            row = (f"{budget}", method, f"{found['kept']:.3f}", *figures, loss, f"{found['error']:.3f}")
-            table.rows.append(row)
+            table.rows.append(_row(budget, method, found, names))
             yield table
-        best = max((r[main] * better for name, r in results.items() if name != OURS), default=0.0) * better
-        gain = results[OURS][main] / best
-        table.target(f"{budget}: {main}, ours against the best other", gain if better > 0 else 1 / gain, 1.0)
-        if better < 0 and 0.5 <= budget <= 0.8:
-            lost = {name: results[name][main] - dense[main] for name in (UNIFORM, OURS)}
-            table.target(
-                f"{budget}: increase of {main}, uniform over ours", lost[UNIFORM] / lost[OURS], PERPLEXITY_TARGET
-            )
-        plain = results["plain Monarch, 4 blocks"]["error"]
-        table.target(f"{budget}: output error, plain Monarch over ours", plain / results[OURS]["error"], ERROR_TARGET)
+        _targets(table, budget, dense, results, main, better)
+
+
+def _row(budget: float, method: str, found: dict[str, Any], names: list[str]) -> tuple[str, ...]:
+    loss = "" if found["loss"] is None else f"+{found['loss']:.3g}"
+    figures = (f"{found[name]:.4g}" for name in names)
+    return f"{budget}", method, f"{found['kept']:.3f}", *figures, loss, f"{found['error']:.3f}"
+
+
+def _targets(
+    table: Table,
+    budget: float,
+    dense: dict[str, float],
+    results: dict[str, dict[str, Any]],
+    main: str,
+    better: int,
+) -> None:
+    best = max(result[main] * better for name, result in results.items() if name != OURS) * better
+    gain = results[OURS][main] / best
+    table.target(f"{budget}: {main}, ours against the best other", gain if better > 0 else 1 / gain, 1.0)
+    if better < 0 and 0.5 <= budget <= 0.8:
+        lost = {name: results[name][main] - dense[main] for name in (UNIFORM, OURS)}
+        table.target(f"{budget}: increase of {main}, uniform over ours", lost[UNIFORM] / lost[OURS], PERPLEXITY_TARGET)
+    plain = results["plain Monarch, 4 blocks"]["error"]
+    table.target(f"{budget}: output error, plain Monarch over ours", plain / results[OURS]["error"], ERROR_TARGET)
 
 
 def _output_error(subject: Subject, compressed: nn.Module) -> float:
