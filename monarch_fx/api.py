@@ -117,8 +117,8 @@ def _make_plan(
     config = config or MonarchConfig()
     _check_arguments(budget, workload, config)
     meta = checks.on_meta(model)
-    if meta and calibration is not None:
-        raise MetaDeviceError(f"{type(model).__name__} is on the meta device: it can't run calibration batches.")
+    if calibration is not None:
+        _check_values(model)
 
     inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
     captured = graph.captured_module(model, inputs) or capture(model, inputs)
@@ -264,8 +264,7 @@ def calibrate(
         As ``plan`` does.
     """
     model = checks.check_model(model)
-    if checks.on_meta(model):
-        raise MetaDeviceError(f"{type(model).__name__} is on the meta device: it can't run calibration batches.")
+    _check_values(model)
     inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
     captured = graph.captured_module(model, inputs) or capture(model, inputs)
     candidates, _ = select(*find_candidates(captured, model), model, include, exclude)
@@ -407,6 +406,11 @@ def _calibrated(model: nn.Module, candidates: list[Candidate], data: Calibration
             "ties of parameters differ."
         )
     return data
+
+
+def _check_values(model: nn.Module) -> None:
+    if checks.on_meta(model):
+        raise MetaDeviceError(f"{type(model).__name__} is on the meta device: it can't run calibration batches.")
 
 
 def _check_runs(program: torch.export.ExportedProgram, calibration: Any) -> None:

@@ -61,7 +61,8 @@ def test_gradients_of_an_output_error_are_those_of_its_jacobian() -> None:
     energy = (y - y.mean(0)).square().mean() * 12
     J = model.last.weight.detach().double()
     exact = J.mT @ J / energy
-    assert (found.gradients - exact).norm() <= 40 * SAMPLING * exact.norm() / 12**0.5
+    # J^T (S - I) J with S of TOKENS directions in 12 dimensions, where E ||S - I||^2 is 12 * 13 / TOKENS
+    assert (found.gradients - exact).norm() <= 2 * (12 * 13 / TOKENS) ** 0.5 * exact.norm()
 
 
 def test_gradients_of_logits_are_the_fisher_information() -> None:
@@ -82,7 +83,7 @@ def test_the_loss_that_is_predicted_is_the_loss_that_is_measured() -> None:
         y, change = model(x).double(), rewritten(x).double() - model(x).double()
     measured = change.square().sum(-1).mean() / (2 * 12 * (y - y.mean(0)).square().mean())
     report = mfx.report(rewritten)
-    assert report.loss == pytest.approx(float(measured), rel=SAMPLING * 12**0.5)
+    assert report.loss == pytest.approx(float(measured), rel=SAMPLING)
     assert report.plan.loss >= report.loss  # block by block, the spectra overstate it
     assert f"+{report.loss:.3g} to second order" in str(report)
     assert mfx.Plan.from_json(report.plan.to_json()).loss == report.plan.loss

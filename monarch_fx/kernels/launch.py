@@ -89,7 +89,7 @@ def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tens
     aligned = aligned and _aligned(t, L, y)
     strides = t.stride(), y.stride(0), extra[1].stride(0)
     launch = second_launch(t.shape[1], L.shape, strides, kinds, t.dtype, t.device, aligned)
-    return launch is not None and _on_its_device(launch, t, L, y, *extra)
+    return _on_its_device(launch, t, L, y, *extra)
 
 
 def whole(
@@ -146,7 +146,7 @@ def second_launch(
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
-) -> Launch | None:
+) -> Launch:
     n_out, n_in, rank, s = factor
     strides_t, stride_y, stride_gate = strides
     _, activation, gated = kinds
