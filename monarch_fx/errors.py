@@ -41,6 +41,10 @@ class WeightError(MonarchError, ValueError):
     """A weight holds NaN or infinity, or its dtype or layout can't be projected."""
 
 
+class RecoveryError(MonarchError, ValueError):
+    """A matrix is not a product of Monarch matrices, or its factors can't be told to the accuracy asked for."""
+
+
 class MetaDeviceError(MonarchError, RuntimeError):
     """The model, or a part of it, is on the meta device where values are needed."""
 
@@ -57,6 +61,10 @@ class DeviceProfileError(MonarchError, ValueError):
     """An unknown device profile, or a measurement that can't be used."""
 
 
+class OptimizerError(MonarchError, ValueError):
+    """An optimizer doesn't hold the factors that are to be replaced, or can't have parameters replaced."""
+
+
 class MonarchWarning(UserWarning):
     """Base of all warnings of this library."""
 
@@ -67,6 +75,10 @@ class BudgetWarning(MonarchWarning):
 
 class DenseFallbackWarning(MonarchWarning):
     """A rewritten weight was multiplied out because an operation other than a product read it."""
+
+
+class OptimizerStateWarning(MonarchWarning):
+    """The optimizer state of a weight's factors could not be carried over to its dense weight."""
 
 
 class DisconnectedInputsWarning(MonarchWarning):

@@ -229,6 +229,15 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
         R, L = getattr(self, f"R{suffix}"), getattr(self, f"L{suffix}")
         return Monarch(R, L, in_features=shape.in_features, out_features=shape.out_features)
 
+    def factors(self) -> list[nn.Parameter]:
+        """R and L of every structured piece."""
+        return [p for name, p in self._parameters.items() if p is not None and name.startswith(("R", "L"))]
+
+    def multiplied_out(self) -> nn.Parameter:
+        """A dense parameter with the same values."""
+        with torch.no_grad():
+            return nn.Parameter(self.to_dense_root(), requires_grad=self.requires_grad)
+
     def to_dense_root(self) -> torch.Tensor:
         """The whole parameter, dense, differentiable in the factors."""
         entries = torch.arange(self.strided_numel, device=self.device).view(self.strided.sizes)

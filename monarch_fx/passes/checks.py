@@ -27,16 +27,25 @@ def check_model(model: Any) -> nn.Module:
         NotAModuleError: It is not an ``nn.Module``.
         WrappedModelError: It is compiled, scripted, or wrapped for data parallelism; says what to pass instead.
     """
+    check_unwrapped(model)
+    for path, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            if not path:
+                raise WrappedModelError(
+                    "The model is compiled: pass the plain model (model._orig_mod), then compile the result."
+                )
+            raise WrappedModelError(f"The module at {path!r} is compiled: rewrite the plain model, then compile.")
+    return model
+
+
+def check_unwrapped(model: Any) -> None:
+    """As ``check_model``, but a compiled model is allowed."""
     if not isinstance(model, nn.Module):
         raise NotAModuleError(
             f"The model is a {type(model).__name__}; monarch_fx takes a torch.nn.Module, a torch.fx.GraphModule or a "
             "torch.export.ExportedProgram."
         )
     kind = type(model).__name__
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise WrappedModelError(
-            "The model is compiled: pass the plain model (model._orig_mod), then compile the result."
-        )
     if isinstance(model, torch.jit.ScriptModule):
         raise WrappedModelError("The model is a ScriptModule, which has no FX graph: pass the Python module.")
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
@@ -48,9 +57,6 @@ def check_model(model: Any) -> nn.Module:
         ):
             where = f" at {path!r}" if path else ""
             raise WrappedModelError(f"The model is sharded by FSDP{where}: rewrite it before it is sharded.")
-        if isinstance(module, torch._dynamo.OptimizedModule):
-            raise WrappedModelError(f"The module at {path!r} is compiled: rewrite the plain model, then compile.")
-    return model
 
 
 def check_weights(model: nn.Module, candidates: Sequence[Candidate], *, values: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -75,14 +75,19 @@ def copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:
         ) from error
 
 
-def restore_dense(model: nn.Module) -> None:
-    """Puts a dense parameter, multiplied out, in the place of every MonarchWeight; in place."""
+def restore_dense(model: nn.Module, dense: Mapping[MonarchWeight, nn.Parameter] | None = None) -> None:
+    """Puts a dense parameter in the place of every MonarchWeight, ties kept; in place.
+
+    Args:
+        dense: The parameters; by default the weights are multiplied out.
+    """
+    made = dict(dense or {})
     for module in list(model.modules()):
         for key, child in list(module._modules.items()):
             if isinstance(child, MonarchWeight):
-                with torch.no_grad():
-                    dense = nn.Parameter(child.to_dense_root(), requires_grad=child.requires_grad)
+                if child not in made:
+                    made[child] = child.multiplied_out()
                 del module._modules[key]
-                module.register_parameter(key, dense)
+                module.register_parameter(key, made[child])
         if isinstance(module, MonarchLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -1,0 +1,6 @@
+"""What a training run does with a rewritten model."""
+
+from monarch_fx.training.densify import densify
+from monarch_fx.training.groups import parameter_groups
+
+__all__ = ["densify", "parameter_groups"]
