@@ -189,7 +189,7 @@ def monarchify(
         inplace: Rewrite the argument itself, one parameter after the other, freeing each dense weight as it goes; for
             models too big for two. After a failure it is a valid model, and ``report`` says what was done.
         init: ``"project"`` (closed-form projection of the weights; Dao et al. 2022, section 3.3) or ``"random"`` (the
-            same structure with random factors whose product has the weight's own standard deviation).
+            same structure with random factors whose product has the weight's own mean square).
         calibration: As for ``plan``; with a plan, too. The projection then keeps what the model's loss feels of the
             products' outputs on these inputs, and not the entries of the weights: block descent in the norms of
             E[x x^T] and E[g g^T], with g the loss gradients at the outputs.
@@ -291,12 +291,19 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     model = checks.check_model(model)
     dense = rewrite.copy_without(model, ())
-    if isinstance(dense, fx.GraphModule):
-        graph.conceal(dense)
-    rewrite.restore_dense(dense)
-    if hasattr(dense, _REPORT):
-        delattr(dense, _REPORT)
+    make_dense(dense)
     return dense
+
+
+def make_dense(model: nn.Module, dense: Mapping[MonarchWeight, nn.Parameter] | None = None) -> None:
+    """``to_dense`` in place, also of what is rewritten inside ``model``; ``dense``: the parameters, if there already."""
+    for module in list(model.modules()):
+        if isinstance(module, fx.GraphModule):
+            graph.conceal(module)
+    rewrite.restore_dense(model, dense)
+    for module in model.modules():
+        if hasattr(module, _REPORT):
+            delattr(module, _REPORT)
 
 
 def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
@@ -375,7 +382,7 @@ def _factors(dense: torch.Tensor, shape: MonarchShape, init: str, seen: Statisti
         return monarch, output_error(dense, monarch, seen.inputs)
     if init == "random":
         monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
-        init_factors(monarch, float(dense.float().std()))
+        init_factors(monarch, float(dense.float().square().mean().sqrt()))
         return monarch, float("nan")
     monarch = project(dense, shape)
     wide = torch.promote_types(dense.dtype, torch.float32)
