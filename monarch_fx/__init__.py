@@ -8,6 +8,7 @@ from monarch_fx.layers import MonarchLinear
 from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.records import Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
+from monarch_fx.training import densify, parameter_groups
 
 __all__ = [
     "Calibration",
@@ -19,9 +20,11 @@ __all__ = [
     "Plan",
     "Report",
     "calibrate",
+    "densify",
     "measure_device",
     "monarch_bmm",
     "monarchify",
+    "parameter_groups",
     "plan",
     "print_graph",
     "report",
