@@ -21,6 +21,7 @@ SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 COUNTERS = ("step", "mu_product")
 # They need a state that only their constructor makes, one state for all parameters, or one on every machine.
 REFUSED = ("Adagrad", "LBFGS", "ZeroRedundancyOptimizer")
+NAMED = 5  # weights in a warning
 
 State = dict[str, Any]
 Moment = Callable[..., Tensor]
@@ -70,7 +71,7 @@ def densify(
     dense = {weight: weight.multiplied_out() for weight in weights}
     states: dict[MonarchWeight, State] = {}
     if optimizer is not None and state == "transport":
-        states = {weight: _transported(weight, name, optimizer.state) for weight, name in weights.items()}
+        states = _transported(weights, optimizer.state)
     ordered = [] if optimizer is None else [_is_ordered(group, model) for group in optimizer.param_groups]
     make_dense(model, dense)
     if optimizer is not None:
@@ -105,30 +106,48 @@ def _check_optimizer(optimizer: Any, weights: dict[MonarchWeight, str]) -> None:
                 )
 
 
-def _transported(weight: MonarchWeight, name: str, states: Any) -> State:
-    """The state of the dense weight; empty where the factors have none, or none that can be carried over."""
-    parts = {key: states.get(factor, {}) for key, factor in weight.named_parameters()}
-    first = next(iter(parts.values()))
-    if not any(parts.values()):
-        return {}
-    unknown = set().union(*parts.values()) - {*FIRST_MOMENTS, *SECOND_MOMENTS, *COUNTERS}
-    counts = [[float(part[key]) for key in COUNTERS if key in part] for part in parts.values()]
-    if unknown or any(part.keys() != first.keys() for part in parts.values()) or any(c != counts[0] for c in counts):
-        why = f"it keeps {', '.join(sorted(unknown))}" if unknown else "its factors were not updated equally often"
+def _transported(weights: dict[MonarchWeight, str], states: Any) -> dict[MonarchWeight, State]:
+    """The states of dense weights, of those whose factors have one that can be carried over."""
+    carried: dict[MonarchWeight, State] = {}
+    lost: dict[str, list[str]] = {}
+    for weight, name in weights.items():
+        parts = {key: states.get(factor, {}) for key, factor in weight.named_parameters()}
+        if any(parts.values()):
+            why = _obstacle(list(parts.values()))
+            if why is None:
+                carried[weight] = _carried(weight, parts)
+            else:
+                lost.setdefault(why, []).append(name)
+    for why, names in lost.items():
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
         warnings.warn(
-            f"The optimizer's state of {name} can't be carried over to its dense weight, since {why}: it starts again.",
+            f"The optimizer's state of {', '.join(names[:NAMED])}{more} can't be carried over to dense weights, since "
+            f"{why}: it starts again.",
             OptimizerStateWarning,
             stacklevel=3,
         )
-        return {}
-    carried: State = {}
-    for key, value in first.items():
+    return carried
+
+
+def _obstacle(parts: list[State]) -> str | None:
+    """Why the states of a weight's factors make none of the dense weight."""
+    unknown = set().union(*parts) - {*FIRST_MOMENTS, *SECOND_MOMENTS, *COUNTERS}
+    if unknown:
+        return f"it holds {', '.join(sorted(unknown))}"
+    counts = [{key: float(part[key]) for key in COUNTERS if key in part} for part in parts]
+    alike = all(part.keys() == parts[0].keys() for part in parts) and all(count == counts[0] for count in counts)
+    return None if alike else "their factors were not updated equally often"
+
+
+def _carried(weight: MonarchWeight, parts: dict[str, State]) -> State:
+    made: State = {}
+    for key, value in next(iter(parts.values())).items():
         if key in COUNTERS or value is None:
-            carried[key] = value.clone() if isinstance(value, Tensor) else value
+            made[key] = value.clone() if isinstance(value, Tensor) else value
         else:
             moment = first_moment if key in FIRST_MOMENTS else second_moment
-            carried[key] = _assembled(weight, {part: held[key] for part, held in parts.items()}, moment)
-    return carried
+            made[key] = _assembled(weight, {part: state[key] for part, state in parts.items()}, moment)
+    return made
 
 
 @torch.no_grad()
