@@ -143,19 +143,30 @@ class Monarch:
             return self.R.numel() + self.L.numel()
         return self.L.shape[:-4].numel() * int(self.ranks.sum()) * (self.R.shape[-1] + self.L.shape[-1])
 
+    @property
+    def flops(self) -> int:
+        """Floating-point operations for one x (in_features,), by every matrix of the batch: 2 a stored number, 8 where
+        it is complex."""
+        return self.params * (8 if self.R.is_complex() else 2)
+
     def __call__(self, x: Tensor) -> Tensor:
         """``x W^T``: (..., in_features) -> (..., out_features), the product's definition in two einsums.
 
-        A batch of matrices takes x of shape (B, ..., in_features).
+        A batch of matrices takes x of shape (B, ..., in_features). A real x may meet complex
+        factors, and the reverse.
         """
-        n_in, p = self.R.shape[-4], self.R.shape[-1]
+        R, L = self.R, self.L
+        if R.is_complex() != x.is_complex():
+            dtype = torch.promote_types(x.dtype, R.dtype)
+            x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
+        n_in, p = R.shape[-4], R.shape[-1]
         if self.input_permutation is None:
             x = F.pad(x, (0, n_in * p - self.in_features))
         else:
             x = x.new_zeros(*x.shape[:-1], n_in * p).index_copy(-1, self.input_permutation, x)
-        b = "b" if self.R.ndim == 5 else ""
-        t = torch.einsum(f"{b}kjrp,{b}...kp->{b}...kjr", self.R, x.unflatten(-1, (n_in, p)))
-        y = torch.einsum(f"{b}jkrs,{b}...kjr->{b}...js", self.L, t).flatten(-2)
+        b = "b" if R.ndim == 5 else ""
+        t = torch.einsum(f"{b}kjrp,{b}...kp->{b}...kjr", R, x.unflatten(-1, (n_in, p)))
+        y = torch.einsum(f"{b}jkrs,{b}...kjr->{b}...js", L, t).flatten(-2)
         return y[..., : self.out_features] if self.output_permutation is None else y[..., self.output_permutation]
 
     def to_dense(self) -> Tensor:
