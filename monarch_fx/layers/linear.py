@@ -79,9 +79,9 @@ class MonarchLinear(nn.Linear):
 def init_factors(monarch: Monarch, std: float) -> None:
     """Draws factors, in place, so that every entry of the dense matrix has mean 0 and standard deviation ``std``.
 
-    An entry is a sum of ``rank`` products of independent entries of L and R: its variance is rank * var(L) * var(R), the
-    same for both. Entries are uncorrelated, so that outputs and input gradients have the variance that a dense matrix
-    of independent entries gives them. With ``std`` 0 only L is 0: else no gradient would reach either factor.
+    An entry is a sum of ``rank`` products of independent entries of L and R: its variance is rank * var(L) * var(R).
+    Entries are uncorrelated, so that outputs and input gradients have the variance that a dense matrix of independent
+    entries gives them. With ``std`` 0 only L is 0: else no gradient would reach either factor.
     """
     each = math.sqrt(std / math.sqrt(monarch.shape.rank))
     with torch.no_grad():

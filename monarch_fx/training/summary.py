@@ -1,0 +1,44 @@
+"""What a training step costs, dense against rewritten."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from monarch_fx.api import report
+from monarch_fx.costs import resolve
+from monarch_fx.costs.shipped import SHIPPED
+from monarch_fx.planning.decide import Run
+from monarch_fx.records import Decision, TrainingSummary
+
+
+def training_summary(model: nn.Module) -> TrainingSummary:
+    """Parameters, FLOPs and predicted time of a training step in the products of a rewritten model.
+
+    For the tokens, the dtype and the device of its plan; a profile that doesn't come with the library is taken for the
+    device that the model is on.
+
+    Raises:
+        MonarchError: The model was not made by ``monarchify``, or is dense again.
+        DeviceProfileError: No profile fits the device.
+    """
+    done = report(model)
+    plan = done.plan
+    device = plan.device if plan.device in SHIPPED else "auto"
+    profile = resolve(device, next(model.parameters()).device)
+    run = Run(profile, dict(plan.tokens), "training", plan.dtype)
+
+    def flops(decision: Decision, params: int) -> float:
+        """A multiplication and an addition for every row and parameter: forward, and for both gradients."""
+        return 3 * 2 * params * sum(rows * weight for rows, weight in run.rows(decision.candidate).items())
+
+    return TrainingSummary(
+        params_before=done.params_before,
+        params_after=done.params_after,
+        dense_flops=sum(flops(d, d.candidate.params) for d in plan.decisions),
+        flops=sum(flops(d, d.params) for d in plan.decisions),
+        dense_s=sum(run.seconds(d.candidate, None) for d in plan.decisions),
+        time_s=sum(run.seconds(d.candidate, d.shape) for d in plan.decisions),
+        tokens=plan.tokens,
+        dtype=plan.dtype,
+        device=profile.name,
+    )
