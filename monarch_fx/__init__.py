@@ -8,9 +8,9 @@ from monarch_fx.kernels.op import monarch_bmm
 from monarch_fx.layers import MonarchLinear
 from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.projection.recovery import recover_factors
-from monarch_fx.records import Plan, Report
+from monarch_fx.records import Plan, Report, TrainingSummary
 from monarch_fx.structure import Monarch, MonarchShape
-from monarch_fx.training import densify, parameter_groups
+from monarch_fx.training import densify, parameter_groups, training_summary
 
 __all__ = [
     "Calibration",
@@ -21,6 +21,7 @@ __all__ = [
     "MonarchShape",
     "Plan",
     "Report",
+    "TrainingSummary",
     "calibrate",
     "densify",
     "measure_device",
@@ -32,6 +33,7 @@ __all__ = [
     "recover_factors",
     "report",
     "to_dense",
+    "training_summary",
     "transforms",
 ]
 __version__ = "0.1.0"

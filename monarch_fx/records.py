@@ -307,3 +307,35 @@ class Report:
         from monarch_fx.reporting.tables import report_table  # printing only
 
         return report_table(self)
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What a training step costs in the eligible products, dense and as rewritten; print it.
+
+    Attributes:
+        params_before: Parameters of the whole model, tied ones counted once.
+        params_after: The same after rewriting.
+        dense_flops: Multiplications and additions of a step, forward and backward, with dense weights.
+        flops: The same as rewritten.
+        dense_s: Predicted seconds of a step with dense weights.
+        time_s: The same as rewritten.
+        tokens: Main token counts of a step, with their weights; sums above are weighted means.
+        dtype: Of the run.
+        device: Name of the device profile.
+    """
+
+    params_before: int
+    params_after: int
+    dense_flops: float
+    flops: float
+    dense_s: float
+    time_s: float
+    tokens: tuple[tuple[int, float], ...]
+    dtype: str
+    device: str
+
+    def __str__(self) -> str:
+        from monarch_fx.reporting.tables import training_table  # printing only
+
+        return training_table(self)

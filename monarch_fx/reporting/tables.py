@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from monarch_fx.records import Candidate, Decision, Declined, Plan, Report
+    from monarch_fx.records import Candidate, Decision, Declined, Plan, Report, TrainingSummary
 
 WIDTH = 120
 _SHORTEST_NAME = 20
@@ -47,6 +47,19 @@ def report_table(report: Report) -> str:
     return _render([_grid([*rows, *_summary(plan)]), *_products(plan, done, undone)])
 
 
+def training_table(summary: TrainingSummary) -> str:
+    """What ``print(training_summary(model))`` shows: a training step, dense against rewritten."""
+    rows = [
+        ("parameters, whole model", summary.params_before, summary.params_after, compact),
+        ("FLOPs of the products", summary.dense_flops, summary.flops, compact),
+        ("ms in the products, predicted", summary.dense_s, summary.time_s, milliseconds),
+    ]
+    shown = [(name, form(a), form(b), f"{b / a:.2f}") for name, a, b, form in rows]
+    header = ("a training step", "dense", "rewritten", "ratio")
+    planned = f"for {summary.device}, {summary.dtype}, {_mix(summary.tokens)} tokens"
+    return _render([_table(header, shown, right=header[1:]), planned])
+
+
 def _products(plan: Plan, rewritten: Sequence[Decision], undone: Sequence[Decision]) -> list[RenderableType]:
     dense = [decision for decision in plan.decisions if decision.shape is None]
     parts: list[RenderableType] = []
@@ -66,9 +79,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
     model = plan.model_params
     dense_s, time_s = sum(d.dense_s for d in plan.decisions), sum(d.time_s for d in plan.decisions)
     asked = "structure forced" if plan.budget is None else f"asked {plan.budget:g}"
-    tokens = ", ".join(
-        f"{count:,}" + (f" (weight {weight:.3g})" if weight != 1 else "") for count, weight in plan.tokens
-    )
+    tokens = _mix(plan.tokens)
     return [
         ("budget", f"{asked}, reached {plan.reached:.3f} of the eligible parameters"),
         (
@@ -168,6 +179,10 @@ def _tokens(plan: Plan, candidate: Candidate) -> str:
     return " | ".join(groups)
 
 
+def _mix(tokens: Sequence[tuple[int, float]]) -> str:
+    return ", ".join(f"{count:,}" + (f" (weight {weight:.3g})" if weight != 1 else "") for count, weight in tokens)
+
+
 def _break_even(decision: Decision) -> str:
     if math.isnan(decision.time_s):
         return "?"
@@ -178,12 +193,12 @@ def _gain(dense_s: float, time_s: float) -> str:
     return "" if math.isnan(time_s) or not time_s else f" ({dense_s / time_s:.2f}x)"
 
 
-def compact(count: int) -> str:
+def compact(count: float) -> str:
     """A count in three digits: 590k, 1.18M."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= 0.9995 * size:
             return f"{_three_digits(count / size)}{unit}"
-    return str(count)
+    return str(round(count))
 
 
 def milliseconds(seconds: float) -> str:
