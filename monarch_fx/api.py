@@ -296,7 +296,7 @@ def to_dense(model: nn.Module) -> nn.Module:
 
 
 def make_dense(model: nn.Module, dense: Mapping[MonarchWeight, nn.Parameter] | None = None) -> None:
-    """``to_dense`` in place, also of what is rewritten inside ``model``; ``dense``: its parameters, if there already."""
+    """``to_dense`` in place, also of what is rewritten inside ``model``; ``dense``: its parameters, where there are."""
     for module in list(model.modules()):
         if isinstance(module, fx.GraphModule):
             graph.conceal(module)
