@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 from tqdm.auto import tqdm
 
+from monarch_fx import assess
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, resolve
 from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchError
@@ -22,21 +23,12 @@ from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.select import Patterns, select
-from monarch_fx.planning import decide, grids
-from monarch_fx.projection import (
-    energy,
-    expected_seconds,
-    output_error,
-    prior_tail,
-    project,
-    project_on_inputs,
-    tail_errors,
-)
+from monarch_fx.planning import OBJECTIVES, decide
+from monarch_fx.projection import output_error, project, project_on_inputs
 from monarch_fx.records import Candidate, Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
 
 DEFAULT_TOKENS = 4096
-ANNOUNCE_SECONDS = 60.0
 _REPORT = "_monarch_fx_report"
 
 Tokens = int | Mapping[int, float] | None
@@ -51,6 +43,7 @@ def plan(
     exclude: Patterns | None = None,
     tokens: Tokens = None,
     workload: str = "inference",
+    objective: str = "params",
     device: str | DeviceProfile = "auto",
     config: MonarchConfig | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
@@ -61,8 +54,8 @@ def plan(
     Args:
         model: Any ``nn.Module`` (a ``GraphModule`` too), or an ``ExportedProgram``. On the meta device the errors come
             from a prior by shape, since there are no values.
-        budget: Share of the eligible products' parameters that may be kept, in (0, 1]. May be left out where ``config``
-            forces a grid.
+        budget: Share of the eligible products' parameters that may be kept, in (0, 1], or of their dense time. May be
+            left out where ``config`` forces a grid.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of ``forward``. Without them
             the model's own dummy inputs give the graph, where it has any.
         include: Which products may be rewritten: a glob on the name of a weight or its layer, a compiled regex, a
@@ -71,6 +64,8 @@ def plan(
         tokens: Rows of the activations that are planned for: a number, or ``{tokens: weight}``. Products with other row
             counts are scaled alike. Default: what ``example_inputs`` give, else 4096.
         workload: ``"inference"`` (forward) or ``"training"`` (forward and backward).
+        objective: What ``budget`` limits while the error is made smallest: ``"params"``, or ``"latency"``, the
+            predicted time of the eligible products.
         device: Profile that the cost model plans for: ``"auto"`` (where the model is), ``"cpu"``, ``"h100"``, ... or a
             ``DeviceProfile``.
         config: Further choices; see ``MonarchConfig``.
@@ -91,7 +86,8 @@ def plan(
         BudgetError: ``strict=True``, and the budget can't be reached.
     """
     options = {"example_inputs": example_inputs, "include": include, "exclude": exclude, "tokens": tokens}
-    options |= {"workload": workload, "device": device, "config": config, "calibration": calibration, "strict": strict}
+    options |= {"workload": workload, "objective": objective, "device": device, "config": config}
+    options |= {"calibration": calibration, "strict": strict}
     return _make_plan(model, budget, **options)[0]
 
 
@@ -104,6 +100,7 @@ def _make_plan(
     exclude: Patterns | None,
     tokens: Tokens,
     workload: str,
+    objective: str,
     device: str | DeviceProfile,
     config: MonarchConfig | None,
     calibration: Calibration | Iterable[Any] | None,
@@ -115,7 +112,7 @@ def _make_plan(
         model = graph.program_module(model)
     model = checks.check_model(model)
     config = config or MonarchConfig()
-    _check_arguments(budget, workload, config)
+    _check_arguments(budget, workload, objective, config)
     meta = checks.on_meta(model)
     if calibration is not None:
         _check_values(model)
@@ -130,12 +127,14 @@ def _make_plan(
     mix, tokens_source = _token_mix(tokens, candidates, captured.given)
     dtype = _planned_dtype(candidates)
     calibrated = None if calibration is None else _calibrated(model, candidates, calibration)
-    errors, error_source = _errors(model, candidates, config, meta, calibrated)
+    errors, error_source = assess.errors(model, candidates, config, calibrated)
     decisions = decide(
         candidates,
         errors,
-        losses=_losses(model, candidates, calibrated),
+        losses=assess.losses(model, candidates, calibrated),
+        measure=assess.measures(model, candidates, calibrated),
         budget=budget,
+        objective=objective,
         config=config,
         profile=profile,
         tokens=mix,
@@ -156,6 +155,7 @@ def _make_plan(
         model_params=checks.total_params(model.parameters()),
         fingerprint=checks.fingerprint(model),
         capture=captured.how,
+        objective=objective,
     )
     return made, calibrated
 
@@ -170,6 +170,7 @@ def monarchify(
     exclude: Patterns | None = None,
     tokens: Tokens = None,
     workload: str = "inference",
+    objective: str = "params",
     inplace: bool = False,
     init: str = "project",
     device: str | DeviceProfile = "auto",
@@ -184,7 +185,7 @@ def monarchify(
     Args:
         model: Any ``nn.Module``; a ``GraphModule`` gets ``monarch_bmm`` nodes in its graph; an ``ExportedProgram`` is
             exported again.
-        budget: Share of the eligible products' parameters that may be kept, in (0, 1].
+        budget: Share of the eligible products' parameters that may be kept, in (0, 1], or of their dense time.
         plan: A plan to replay, also one made for another copy of the same architecture; no other choice may be given.
         inplace: Rewrite the argument itself, one parameter after the other, freeing each dense weight as it goes; for
             models too big for two. After a failure it is a valid model, and ``report`` says what was done.
@@ -209,7 +210,8 @@ def monarchify(
     if isinstance(model, torch.export.ExportedProgram):
         _check_runs(model, calibration)
         options = {"plan": plan, "example_inputs": example_inputs, "include": include, "exclude": exclude}
-        options |= {"tokens": tokens, "workload": workload, "init": init, "device": device, "config": config}
+        options |= {"tokens": tokens, "workload": workload, "objective": objective, "init": init, "device": device}
+        options |= {"config": config}
         rewritten = monarchify(graph.program_module(model), budget, inplace=True, strict=strict, **options)
         return graph.export_again(model, rewritten)
     model = checks.check_model(model)
@@ -228,7 +230,8 @@ def monarchify(
     planned_here = plan is None
     calibrated: Calibration | None = None
     if plan is None:
-        options = {"example_inputs": example_inputs, "workload": workload, "device": device, "strict": strict}
+        options = {"example_inputs": example_inputs, "workload": workload, "objective": objective, "device": device}
+        options["strict"] = strict
         plan, calibrated = _make_plan(model, calibration=calibration, **options, **choices)
     elif given := [name for name, value in choices.items() if value is not None]:
         raise ConfigError(f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan.")
@@ -351,7 +354,7 @@ def _carry_out(
                 row = next(rows)  # noqa: B023 (called within the iteration)
                 monarch, errors[row] = _factors(dense, shape, init, seen.get(row))
                 if row in seen and seen[row].gradients is not None:
-                    losses[row] = _loss(dense - monarch.to_dense(), seen[row])
+                    losses[row] = assess.loss(dense - monarch.to_dense(), seen[row])
                 return monarch
 
             weight = rewrite.build_weight(parameters[name], decisions, make)
@@ -390,20 +393,6 @@ def _factors(dense: torch.Tensor, shape: MonarchShape, init: str, seen: Statisti
     return monarch, float(difference.norm() / dense.to(wide).norm().clamp_min(torch.finfo(wide).tiny))
 
 
-def _loss(wrong: torch.Tensor, seen: Statistics) -> float:
-    """Second-order increase of the loss where a weight is changed by ``wrong`` (B?, out, in); experts share statistics,
-    so that each sees one in B of the tokens."""
-    return energy(wrong, seen.inputs, seen.gradients) / (2 * (len(wrong) if wrong.ndim == 3 else 1))
-
-
-def _losses(model: nn.Module, candidates: list[Candidate], calibrated: Calibration | None) -> dict[str, float] | None:
-    """What losing a product altogether would cost, where the model's loss feels it; None without any such product."""
-    seen = {} if calibrated is None else calibrated.statistics
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    felt = [c for c in candidates if c.name in seen and seen[c.name].gradients is not None]
-    return {c.name: _loss(c.view.gather(parameters[c.parameter]), seen[c.name]) for c in felt} or None
-
-
 def _calibrated(model: nn.Module, candidates: list[Candidate], data: Calibration | Iterable[Any]) -> Calibration:
     if not isinstance(data, Calibration):
         return run_calibration(model, candidates, data)
@@ -427,12 +416,16 @@ def _check_runs(program: torch.export.ExportedProgram, calibration: Any) -> None
         )
 
 
-def _check_arguments(budget: Any, workload: str, config: MonarchConfig) -> None:
+def _check_arguments(budget: Any, workload: str, objective: str, config: MonarchConfig) -> None:
     if budget is None and config.grid is None:
         raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
     if budget is not None and not (number and 0 < budget <= 1):
-        raise ConfigError(f"budget must be in (0, 1], the share of parameters that may be kept; got {budget!r}.")
+        raise ConfigError(
+            f"budget must be in (0, 1], the share of parameters (or time) that may be kept; got {budget!r}."
+        )
+    if objective not in OBJECTIVES:
+        raise ConfigError(f'objective must be "params" or "latency", what the budget limits; got {objective!r}.')
     if workload not in ("inference", "training"):
         raise ConfigError(f'workload must be "inference" or "training", got {workload!r}.')
 
@@ -458,30 +451,3 @@ def _planned_dtype(candidates: list[Candidate]) -> str:
     for candidate in candidates:
         sizes[candidate.dtype] = sizes.get(candidate.dtype, 0) + candidate.params
     return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _errors(
-    model: nn.Module, candidates: list[Candidate], config: MonarchConfig, meta: bool, calibrated: Calibration | None
-) -> tuple[dict[str, dict[tuple[int, int], Any]], str]:
-    """Relative squared errors of every candidate by grid and rank, and how they were estimated."""
-    wanted = {c.name: grids(c, config) for c in candidates}
-    if meta:
-        tails = {}
-        for c in candidates:
-            tails[c.name] = {grid: prior_tail(c.out_features, c.in_features, grid) for grid in wanted[c.name]}
-        return tails, "a prior by shape (the model has no values)"
-    sizes = [(c.batch, c.out_features, c.in_features) for c in candidates]
-    all_grids = sorted({grid for c in candidates for grid in wanted[c.name]})
-    seconds = expected_seconds(sizes, all_grids)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    announced = seconds >= ANNOUNCE_SECONDS and parameters[candidates[0].parameter].device.type == "cpu"
-    wait = f" (about {seconds / 60:.0f} min)" if announced else ""
-    tails = {}
-    for c in tqdm(candidates, desc=f"spectra{wait}", unit="weight", leave=False, disable=len(candidates) < 2):
-        seen = calibrated.statistics.get(c.name) if calibrated else None
-        known = (None, None) if seen is None else (seen.inputs, seen.gradients)
-        tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name], *known)
-    if calibrated is None or not calibrated.statistics:
-        return tails, "block spectra of the weights"
-    felt = f", in the norm of {calibrated.loss}" if calibrated.loss else ""
-    return tails, f"block spectra on the calibration inputs{felt}"

@@ -122,7 +122,8 @@ class Plan:
     """What is done with every product of a model, and what was predicted; print it, save it, edit it, replay it.
 
     Attributes:
-        budget: The share of the eligible products' parameters that was asked for, or None (forced structure).
+        budget: The share of the eligible products' parameters that was asked for, or of their dense time where
+            ``objective`` is ``"latency"``; None: the structure was forced.
         tokens: Main token counts that the plan is made for, with their weights.
         tokens_source: Where they come from, in words.
         workload: ``"inference"`` (forward) or ``"training"`` (forward and backward).
@@ -147,6 +148,7 @@ class Plan:
     fingerprint: str
     capture: str
     notes: tuple[str, ...] = field(default=())
+    objective: str = "params"
 
     @property
     def rewritten(self) -> tuple[Decision, ...]:
@@ -162,9 +164,14 @@ class Plan:
         return sum(d.params for d in self.decisions)
 
     @property
+    def kept_time(self) -> float:
+        """Predicted seconds of the eligible products over their dense ones."""
+        return sum(d.time_s for d in self.decisions) / sum(d.dense_s for d in self.decisions)
+
+    @property
     def reached(self) -> float:
-        """The budget that the plan reaches: kept over eligible parameters."""
-        return self.kept_params / self.eligible_params
+        """The budget that the plan reaches: kept over eligible parameters, or over dense time."""
+        return self.kept_time if self.objective == "latency" else self.kept_params / self.eligible_params
 
     @property
     def rewritten_share(self) -> float:

@@ -160,7 +160,7 @@ def test_a_whole_model(model: nn.Module, batches: list[torch.Tensor]) -> None:
     assert len(report.errors) == 4
     assert (
         report.plan.error_source
-        == "block spectra on the calibration inputs, in the norm of half the relative squared error of its output"
+        == "projections on the calibration inputs, in the norm of half the relative squared error of its output"
     )
     assert "of outputs on the calibration inputs" in str(report)
     exact = outputs(model, batches)

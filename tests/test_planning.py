@@ -5,6 +5,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +18,14 @@ from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds
 from monarch_fx.costs.shipped import SHIPPED
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError, MonarchWarning
-from monarch_fx.planning import Option, decide, grids, solver
+from monarch_fx.planning import OBJECTIVES, Option, decide, grids, solver
 from monarch_fx.planning.options import shapes
-from monarch_fx.planning.solver import fastest_alike, pareto, solve
+from monarch_fx.planning.solver import best_alike, pareto, solve
 from monarch_fx.records import Call, Candidate, Decision
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
 
+PARAMS = OBJECTIVES["params"]
 Tails = dict[str, dict[tuple[int, int], Sequence[float]]]
 
 
@@ -61,6 +63,7 @@ def decided(
     dtype: str = "float32",
     workload: str = "inference",
     strict: bool = False,
+    **options: Any,
 ) -> dict[str, Decision]:
     config = config or MonarchConfig()
     decisions = decide(
@@ -73,6 +76,7 @@ def decided(
         workload=workload,
         dtype=dtype,
         strict=strict,
+        **options,
     )
     assert [d.candidate for d in decisions] == list(candidates)
     return {d.candidate.name: d for d in decisions}
@@ -160,17 +164,17 @@ class TestSolver:
 
     def test_pareto(self) -> None:
         options = self.options([(5, 3), (5, 2), (7, 2), (8, 1), (3, 9), (4, 9)])
-        assert [(o.params, o.error2 * 64) for o in pareto(options)] == [(3, 9), (5, 2), (8, 1)]
+        assert [(o.params, o.error2 * 64) for o in pareto(options, PARAMS)] == [(3, 9), (5, 2), (8, 1)]
 
     def test_of_equal_options_the_fastest_stays(self) -> None:
         slow, fast = Option(None, 0.5, 2.0, 10), Option(None, 0.5, 1.0, 10)
-        assert pareto([slow, fast]) == [fast]
+        assert pareto([slow, fast], PARAMS) == [fast]
 
     def test_of_options_with_about_the_same_error_the_fastest_is_taken(self) -> None:
         chosen = Option(None, 0.5, 2.0, 10)
         faster, bigger, worse = Option(None, 0.505, 1.0, 10), Option(None, 0.5, 0.5, 11), Option(None, 0.52, 0.5, 9)
-        assert fastest_alike([bigger, chosen, worse, faster], chosen) == faster
-        assert fastest_alike([bigger, chosen, worse], chosen) == chosen
+        assert best_alike([bigger, chosen, worse, faster], chosen, PARAMS) == faster
+        assert best_alike([bigger, chosen, worse], chosen, PARAMS) == chosen
 
     @settings(max_examples=150, deadline=None)
     @given(
@@ -191,7 +195,7 @@ class TestSolver:
             return sum(weight * option.error2 for weight, option in zip(weights, choice, strict=True))
 
         allowed = [c for c in itertools.product(*options) if sum(o.params for o in c) <= limit]
-        chosen = solve(options, weights, limit)
+        chosen = solve(options, weights, limit, PARAMS)
         assert sum(o.params for o in chosen) <= limit
         assert cost(chosen) <= min(map(cost, allowed)) * (1 + solver.RELATIVE_GAP) + 1e-9
 
@@ -201,7 +205,7 @@ class TestSolver:
         least = sum(min(o.params for o in menu) for menu in options)
         monkeypatch.setattr(solver, "TIME_LIMIT_S", 1e-6)
         with pytest.warns(MonarchWarning, match=r"best found in|No plan was found"):
-            chosen = solve(options, [1.0] * 50, 2 * least)
+            chosen = solve(options, [1.0] * 50, 2 * least, PARAMS)
         assert sum(o.params for o in chosen) <= 2 * least
 
 
@@ -228,6 +232,41 @@ class TestDecide:
         assert shape is not None
         expected = errors["block.up"][shape.nblocks_out, shape.nblocks_in][shape.rank]
         assert decisions["block.up"].error == pytest.approx(math.sqrt(expected), rel=1e-12)
+
+    @pytest.mark.parametrize("budget", [0.4, 0.6, 0.8])
+    def test_a_budget_of_time(self, block: list[Candidate], budget: float) -> None:
+        errors = tails(block, MonarchConfig(), decay=lambda name: 2.0 if name == "block.up" else 0.2)
+        decisions = decided(block, budget, errors=errors, objective="latency")
+        shares = sum(d.time_s for d in decisions.values()) / sum(d.dense_s for d in decisions.values())
+        assert budget - 0.05 <= shares <= budget
+        ratios = {name: d.time_s / d.dense_s for name, d in decisions.items()}
+        assert ratios["block.up"] == min(ratios.values())
+
+    def test_a_budget_of_time_that_cannot_be_reached(self, block: list[Candidate]) -> None:
+        with pytest.warns(BudgetWarning, match=r"0\.001 can't be reached, 0\.1\d+ is the closest"):
+            decisions = decided(block, 0.001, objective="latency")
+        assert {d.reason for d in decisions.values()} == {"least time, the budget can't be reached"}
+
+    def test_measured_errors_decide(self, block: list[Candidate]) -> None:
+        """Spectra say that all grids are alike; in truth one of them is far better than all others."""
+        rough = tails(block, MonarchConfig(require_speedup=False), decay=lambda _: 0.5)
+        asked: list[MonarchShape] = []
+
+        def measure(shape: MonarchShape) -> float:
+            asked.append(shape)
+            estimate = rough["block.up"][shape.nblocks_out, shape.nblocks_in][shape.rank]
+            return float(estimate * (0.1 if (shape.nblocks_out, shape.nblocks_in) == (2, 2) else 3.0))
+
+        options: dict[str, Any] = {"errors": rough, "config": MonarchConfig(require_speedup=False)}
+        assert decided(block, 0.5, **options)["block.up"].shape != (2, 2)
+        up = decided(block, 0.5, measure={"block.up": measure}, **options)["block.up"]
+        assert up.shape is not None
+        assert (up.shape.nblocks_out, up.shape.nblocks_in) == (2, 2)
+        assert up.error == pytest.approx(math.sqrt(measure(up.shape)), rel=1e-12)
+        asked.pop()
+        assert up.shape in asked
+        assert len(set(asked)) == len(asked)  # nothing is projected twice
+        assert (1, 1) not in {(shape.nblocks_out, shape.nblocks_in) for shape in asked}  # that is exact
 
     def test_a_repeated_call_weighs_as_often(self) -> None:
         once, often = candidate("once", 256, 256), candidate("often", 256, 256, shares=[1.0] * 5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 
@@ -12,12 +13,17 @@ from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, break_even_tokens, dense_seconds, monarch_seconds
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
 from monarch_fx.planning.options import Option, is_forced, shapes
-from monarch_fx.planning.solver import fastest_alike, pareto, solve
+from monarch_fx.planning.refine import Measure, Refined, choose
+from monarch_fx.planning.solver import Size, pareto
 from monarch_fx.records import Candidate, Decision
 from monarch_fx.structure import MonarchShape
 
 Errors = Mapping[str, Mapping[tuple[int, int], Sequence[float]]]
 SURELY_FASTER = 0.95  # of the dense product's time: a prediction errs by 5 % in the median
+OBJECTIVES: Mapping[str, Size] = {
+    "params": attrgetter("params"),
+    "latency": attrgetter("time_s"),
+}  # what a budget limits
 NAMED = 5  # products that a message lists before it says how many more there are
 
 
@@ -67,7 +73,9 @@ def decide(
     errors: Errors,
     *,
     losses: Mapping[str, float] | None = None,
+    measure: Mapping[str, Measure] | None = None,
     budget: float | None,
+    objective: str = "params",
     config: MonarchConfig,
     profile: DeviceProfile,
     tokens: Mapping[int, float],
@@ -89,7 +97,11 @@ def decide(
             grids that ``grids`` names and all ranks up to ``min(s, p)``.
         losses: ``losses[name]`` is the increase of the model's loss where the product gives nothing. What is not among
             them weighs per parameter and call what the median of those weighs.
-        budget: Share of the candidates' parameters that may be kept, in (0, 1]; None with a forced grid.
+        measure: ``measure[name]`` projects a product whose ``errors`` are rough for grids of several blocks, and gives
+            the error that it really has; asked for the few structures that come into question.
+        budget: Share of the candidates' parameters, or of their dense time, that may be kept, in (0, 1]; None with a
+            forced grid.
+        objective: ``"params"`` or ``"latency"``: what ``budget`` limits.
         config: Further choices.
         profile: The device that is planned for.
         tokens: Main token counts and their weights; times are weighted means.
@@ -106,10 +118,11 @@ def decide(
         raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
     run = Run(profile, tokens, workload, dtype)
     menus = [_menu(candidate, errors.get(candidate.name, {}), config, budget, run) for candidate in candidates]
+    products = [Refined(menu.options, (measure or {}).get(menu.candidate.name)) for menu in menus]
     if budget is None or is_forced(config, budget):
-        chosen, why = [menu.options[0] for menu in menus], "forced by config"
+        chosen, why = [product.measured(product.options[0]) for product in products], "forced by config"
     else:
-        chosen, why = _within(budget, menus, _weights(candidates, losses), strict)
+        chosen, why = _within(budget, objective, menus, products, _weights(candidates, losses), strict)
     known = losses or {}
     return tuple(
         _decision(menu, option, why, run, known.get(menu.candidate.name))
@@ -155,34 +168,42 @@ def _weights(candidates: Sequence[Candidate], losses: Mapping[str, float] | None
     return [losses.get(c.name, usual * w) for c, w in zip(candidates, work, strict=True)]
 
 
-def _within(budget: float, menus: Sequence[Menu], weights: Sequence[float], strict: bool) -> tuple[list[Option], str]:
+def _within(
+    budget: float,
+    objective: str,
+    menus: Sequence[Menu],
+    products: Sequence[Refined],
+    weights: Sequence[float],
+    strict: bool,
+) -> tuple[list[Option], str]:
     """The best choice under the budget, or the smallest one where the budget can't be reached."""
-    eligible = sum(menu.candidate.params for menu in menus)
-    smallest = [pareto(menu.options)[0] for menu in menus]
-    reached = sum(option.params for option in smallest)
-    if reached <= budget * eligible:
-        best = solve([menu.options for menu in menus], weights, int(budget * eligible))
-        chosen = [fastest_alike(menu.options, option) for menu, option in zip(menus, best, strict=True)]
-        return chosen, "smallest error under the budget"
+    size = OBJECTIVES[objective]
+    dense = sum(size(menu.dense) for menu in menus)
+    smallest = [pareto(menu.options, size)[0] for menu in menus]
+    reached = sum(map(size, smallest))
+    if reached <= budget * dense:
+        return choose(products, weights, budget * dense, size), "smallest error under the budget"
     message = (
-        f"The budget {budget:g} can't be reached, {reached / eligible:.3f} is the closest. In the way: "
-        f"{_in_the_way(budget, menus, smallest)}."
+        f"The budget {budget:g} can't be reached, {reached / dense:.3f} is the closest. In the way: "
+        f"{_in_the_way(budget, size, menus, smallest)}."
     )
     if strict:
         raise BudgetError(message)
     warnings.warn(message, BudgetWarning, stacklevel=4)
-    return smallest, "fewest parameters, the budget can't be reached"
+    what = {"params": "fewest parameters", "latency": "least time"}[objective]
+    smallest = [product.measured(option) for product, option in zip(products, smallest, strict=True)]
+    return smallest, f"{what}, the budget can't be reached"
 
 
-def _in_the_way(budget: float, menus: Sequence[Menu], smallest: Sequence[Option]) -> str:
-    """The products that can't be cut to the budget, those with most parameters too many first."""
-    excess = [option.params - budget * menu.candidate.params for menu, option in zip(menus, smallest, strict=True)]
+def _in_the_way(budget: float, size: Size, menus: Sequence[Menu], smallest: Sequence[Option]) -> str:
+    """The products that can't be cut to the budget, those with most too much first."""
+    excess = [size(option) - budget * size(menu.dense) for menu, option in zip(menus, smallest, strict=True)]
     order = sorted((i for i in range(len(menus)) if excess[i] > 0), key=lambda i: -excess[i])
     named = []
     for i in order[:NAMED]:
-        candidate = menus[i].candidate
-        why = menus[i].refusal or f"keeps at least {smallest[i].params / candidate.params:.2f}"
-        named.append(f"{candidate.name} ({why})")
+        menu = menus[i]
+        why = menu.refusal or f"keeps at least {size(smallest[i]) / size(menu.dense):.2f}"
+        named.append(f"{menu.candidate.name} ({why})")
     more = [f"{len(order) - NAMED} more"] if len(order) > NAMED else []
     return ", ".join(named + more)
 

@@ -1,9 +1,9 @@
-"""The multiple-choice knapsack: one option per product, smallest sum of errors, parameters within a limit."""
+"""The multiple-choice knapsack: one option per product, smallest sum of errors, their sizes within a limit."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import scipy.optimize
@@ -12,49 +12,47 @@ import scipy.sparse
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.planning.options import Option
 
+Size = Callable[[Option], float]
+
 RELATIVE_GAP = 1e-4  # of the sum of errors
 TIME_LIMIT_S = 20.0
 ALIKE = 0.02  # squared errors that differ by less count as equal
 
 
-def pareto(options: Sequence[Option]) -> list[Option]:
-    """Without the options that another one beats in parameters and error; fewest parameters first.
+def pareto(options: Sequence[Option], size: Size) -> list[Option]:
+    """Without the options that another one beats in size and error; smallest first.
 
     Of options that are equal in both the fastest stays, and of equally fast ones the first.
     """
     front: list[Option] = []
-    for option in sorted(options, key=lambda o: (o.params, o.error2, o.time_s)):
+    for option in sorted(options, key=lambda o: (size(o), o.error2, o.time_s)):
         if not front or option.error2 < front[-1].error2:
             front.append(option)
     return front
 
 
-def solve(options: Sequence[Sequence[Option]], weights: Sequence[float], most_params: int) -> list[Option]:
-    """Picks one option per product with the smallest ``sum(weight * error2)`` among those of at most ``most_params``.
+def solve(options: Sequence[Sequence[Option]], weights: Sequence[float], limit: float, size: Size) -> list[Option]:
+    """Picks one option per product with the smallest ``sum(weight * error2)`` among those of at most ``limit``.
 
     Args:
-        options: Of every product; at least one each, and the smallest ones together within ``most_params``.
+        options: Of every product; at least one each, and the smallest ones together within ``limit``.
         weights: Of every product's error.
-        most_params: Limit of the sum of parameters.
+        limit: Of the sum of sizes.
+        size: What is limited: parameters, or seconds.
     """
-    fronts = [pareto(choices) for choices in options]
+    fronts = [pareto(choices, size) for choices in options]
     smallest = [front[0] for front in fronts]
     largest = [front[-1] for front in fronts]
-    if sum(option.params for option in largest) <= most_params:
+    if sum(map(size, largest)) <= limit:
         return largest
-    flat = [option for front in fronts for option in front]
-    owner = np.repeat(np.arange(len(fronts)), [len(front) for front in fronts])
-    cost = np.array([option.error2 for option in flat]) * np.asarray(weights, dtype=float)[owner]
-    share = np.array([option.params for option in flat]) / most_params  # about 1 in sum, for the solver's tolerances
-    ones = np.ones(len(flat))
-    one_each = scipy.sparse.csr_array((ones, (owner, np.arange(len(flat)))), shape=(len(fronts), len(flat)))
+    cost, bounds, one_each, shares = _program(fronts, weights, limit, size)
     result = scipy.optimize.milp(
         cost,
-        integrality=ones,
-        bounds=scipy.optimize.Bounds(0, 1),
+        integrality=np.ones(len(cost)),
+        bounds=bounds,
         constraints=[
             scipy.optimize.LinearConstraint(one_each, 1, 1),
-            scipy.optimize.LinearConstraint(share[None, :], -np.inf, 1),
+            scipy.optimize.LinearConstraint(shares, -np.inf, 1),
         ],
         options={"mip_rel_gap": RELATIVE_GAP, "time_limit": TIME_LIMIT_S},
     )
@@ -74,10 +72,34 @@ def solve(options: Sequence[Sequence[Option]], weights: Sequence[float], most_pa
     return [front[int(np.argmax(x))] for front, x in zip(fronts, np.split(result.x, ends), strict=True)]
 
 
-def fastest_alike(options: Sequence[Option], chosen: Option) -> Option:
-    """The fastest option with no more parameters than ``chosen`` and about its error.
+def price(options: Sequence[Sequence[Option]], weights: Sequence[float], limit: float, size: Size) -> float:
+    """What one more unit of ``limit`` would save in ``sum(weight * error2)``: the dual of the relaxed problem."""
+    fronts = [pareto(choices, size) for choices in options]
+    cost, bounds, one_each, shares = _program(fronts, weights, limit, size)
+    result = scipy.optimize.linprog(
+        cost, A_ub=shares, b_ub=[1], A_eq=one_each, b_eq=np.ones(len(fronts)), bounds=(bounds.lb[0], bounds.ub[0])
+    )
+    return -float(result.ineqlin.marginals[0]) / limit
+
+
+def _program(
+    fronts: Sequence[Sequence[Option]], weights: Sequence[float], limit: float, size: Size
+) -> tuple[np.ndarray, scipy.optimize.Bounds, scipy.sparse.csr_array, scipy.sparse.csr_array]:
+    """Costs and bounds of every option, rows that pick one of each product, and the row of their shares of the limit,
+    which are about 1 in sum, for the solver's tolerances."""
+    flat = [option for front in fronts for option in front]
+    owner = np.repeat(np.arange(len(fronts)), [len(front) for front in fronts])
+    cost = np.array([option.error2 for option in flat]) * np.asarray(weights, dtype=float)[owner]
+    shares = scipy.sparse.csr_array(np.array([[size(option) for option in flat]]) / limit)
+    ones, places = np.ones(len(flat)), np.arange(len(flat))
+    one_each = scipy.sparse.csr_array((ones, (owner, places)), shape=(len(fronts), len(flat)))
+    return cost, scipy.optimize.Bounds(np.zeros(len(flat)), ones), one_each, shares
+
+
+def best_alike(options: Sequence[Option], chosen: Option, size: Size) -> Option:
+    """The fastest option that is no larger than ``chosen`` and has about its error, with the fewest parameters.
 
     Grids are often closer to each other than the estimate of the error is to what the model will lose.
     """
-    alike = (o for o in options if o.params <= chosen.params and o.error2 <= (1 + ALIKE) * chosen.error2)
-    return min(alike, key=lambda o: (o.time_s, o.error2))
+    alike = (o for o in options if size(o) <= size(chosen) and o.error2 <= (1 + ALIKE) * chosen.error2)
+    return min(alike, key=lambda o: (o.time_s, o.params, o.error2))

@@ -1,8 +1,17 @@
 """Dense weight -> Monarch factors, and the error that this costs."""
 
-from monarch_fx.projection.activation import energy, output_error, project_on_inputs
+from monarch_fx.projection.activation import energy, output_error, project_on_inputs, projected_error2
 from monarch_fx.projection.closed_form import project
 from monarch_fx.projection.prior import prior_tail
 from monarch_fx.projection.spectra import expected_seconds, tail_errors
 
-__all__ = ["energy", "expected_seconds", "output_error", "prior_tail", "project", "project_on_inputs", "tail_errors"]
+__all__ = [
+    "energy",
+    "expected_seconds",
+    "output_error",
+    "prior_tail",
+    "project",
+    "project_on_inputs",
+    "projected_error2",
+    "tail_errors",
+]

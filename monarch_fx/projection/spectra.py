@@ -20,8 +20,8 @@ def tail_errors(
     """Relative squared error of the closed-form projection, for every grid and rank.
 
     With a Gram matrix of inputs it is that of the outputs, and with one of loss gradients too that in their norm, each
-    block by itself: exact for a single block (with inputs alone, for a single column), too high for several, which make
-    up for each other's errors.
+    block by itself: exact for a single block (with inputs alone, for a single column). Several make up for each other's
+    errors, or add to them: there it is a first guess.
 
     Args:
         weight: (out, in), or (B, out, in) for B matrices of the same structure.

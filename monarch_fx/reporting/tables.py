@@ -79,9 +79,10 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
     model = plan.model_params
     dense_s, time_s = sum(d.dense_s for d in plan.decisions), sum(d.time_s for d in plan.decisions)
     asked = "structure forced" if plan.budget is None else f"asked {plan.budget:g}"
+    limited = "dense time (predicted)" if plan.objective == "latency" else "eligible parameters"
     tokens = _mix(plan.tokens)
     return [
-        ("budget", f"{asked}, reached {plan.reached:.3f} of the eligible parameters"),
+        ("budget", f"{asked}, reached {plan.reached:.3f} of the {limited}"),
         (
             "eligible",
             f"{len(plan.decisions)} products, {compact(eligible)} -> {compact(kept)} parameters; "

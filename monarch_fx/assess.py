@@ -1,0 +1,79 @@
+"""What structures would cost a model in quality: estimated errors, what its loss feels of them, measurements."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from monarch_fx.config import MonarchConfig
+from monarch_fx.passes import checks
+from monarch_fx.passes.calibrate import Calibration, Statistics
+from monarch_fx.planning import grids
+from monarch_fx.projection import energy, expected_seconds, prior_tail, projected_error2, tail_errors
+from monarch_fx.records import Candidate
+from monarch_fx.structure import MonarchShape
+
+ANNOUNCE_SECONDS = 60.0
+
+
+def errors(
+    model: nn.Module, candidates: Sequence[Candidate], config: MonarchConfig, calibrated: Calibration | None
+) -> tuple[dict[str, dict[tuple[int, int], Any]], str]:
+    """Relative squared errors of every candidate by grid and rank, and how they were estimated."""
+    wanted = {c.name: grids(c, config) for c in candidates}
+    if checks.on_meta(model):
+        tails = {}
+        for c in candidates:
+            tails[c.name] = {grid: prior_tail(c.out_features, c.in_features, grid) for grid in wanted[c.name]}
+        return tails, "a prior by shape (the model has no values)"
+    sizes = [(c.batch, c.out_features, c.in_features) for c in candidates]
+    all_grids = sorted({grid for c in candidates for grid in wanted[c.name]})
+    seconds = expected_seconds(sizes, all_grids)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    announced = seconds >= ANNOUNCE_SECONDS and parameters[candidates[0].parameter].device.type == "cpu"
+    wait = f" (about {seconds / 60:.0f} min)" if announced else ""
+    tails = {}
+    for c in tqdm(candidates, desc=f"spectra{wait}", unit="weight", leave=False, disable=len(candidates) < 2):
+        seen = calibrated.statistics.get(c.name) if calibrated else None
+        known = (None, None) if seen is None else (seen.inputs, seen.gradients)
+        tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name], *known)
+    if calibrated is None or not calibrated.statistics:
+        return tails, "block spectra of the weights"
+    felt = f", in the norm of {calibrated.loss}" if calibrated.loss else ""
+    return tails, f"projections on the calibration inputs{felt}"
+
+
+def measures(
+    model: nn.Module, candidates: Sequence[Candidate], calibrated: Calibration | None
+) -> dict[str, Callable[[MonarchShape], float]]:
+    """Relative squared errors by projecting, for the products of which block spectra are rough: those that data tell
+    of, since there blocks make up for each other's errors, or add to them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+
+    def measure(candidate: Candidate, seen: Statistics, shape: MonarchShape) -> float:
+        weight = candidate.view.gather(parameters[candidate.parameter])
+        return projected_error2(weight, shape, seen.inputs, seen.gradients)
+
+    seen = {} if calibrated is None else calibrated.statistics
+    return {c.name: functools.partial(measure, c, seen[c.name]) for c in candidates if c.name in seen}
+
+
+def losses(
+    model: nn.Module, candidates: Sequence[Candidate], calibrated: Calibration | None
+) -> dict[str, float] | None:
+    """What losing a product altogether would cost, where the model's loss feels it; None without any such product."""
+    seen = {} if calibrated is None else calibrated.statistics
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    felt = [c for c in candidates if c.name in seen and seen[c.name].gradients is not None]
+    return {c.name: loss(c.view.gather(parameters[c.parameter]), seen[c.name]) for c in felt} or None
+
+
+def loss(wrong: torch.Tensor, seen: Statistics) -> float:
+    """Second-order increase of the loss where a weight is changed by ``wrong`` (B?, out, in); experts share statistics,
+    so that each sees one in B of the tokens."""
+    return energy(wrong, seen.inputs, seen.gradients) / (2 * (len(wrong) if wrong.ndim == 3 else 1))
