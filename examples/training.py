@@ -18,11 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import monarch_fx as mfx
+
+INTERVALS = 60  # of a run, for each of which the mean loss and the time are written down
+EVALUATIONS = 12  # of a run, each followed by a checkpoint
 
 Figures = dict[str, float]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -34,6 +38,7 @@ def arguments(description: str, data: str | None = None) -> argparse.ArgumentPar
     parser = argparse.ArgumentParser(description=first, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for curves, figures and checkpoints")
     parser.add_argument("--seed", type=int, default=0, help="of weights, batches and dropout")
+    parser.add_argument("--steps", type=int, help="of the optimizer; by default what the size is made for")
     parser.add_argument("--full", action="store_true", help="sizes for one GPU, compiled, in bfloat16")
     if data is not None:
         parser.add_argument("--data", type=Path, default=Path(data), help="folder with the data")
@@ -50,9 +55,6 @@ class Settings:
         lr: Peak learning rate of AdamW; linear warm-up over ``warmup`` of the steps, then a cosine to a tenth.
         weight_decay: Decoupled, on matrices, and on the products of factors.
         full: Compiled, under bfloat16 autocast.
-        evaluate_every: Steps between two evaluations; the last step is always evaluated.
-        log_every: Steps of which the mean loss and the mean time are written down.
-        save_every: Steps between two checkpoints.
         densify_at: Step before which the factors are multiplied out; None: never.
     """
 
@@ -64,10 +66,15 @@ class Settings:
     warmup: float = 0.1
     clip: float = 1.0
     full: bool = False
-    evaluate_every: int = 100
-    log_every: int = 10
-    save_every: int = 100
     densify_at: int | None = None
+
+    def until(self, densify_at: int | None) -> Settings:
+        """The same, sparse until step ``densify_at``."""
+        return dataclasses.replace(self, densify_at=densify_at)
+
+    def ends(self, step: int, parts: int) -> bool:
+        """Whether ``step`` is the last one of a ``parts``-th of the run."""
+        return step * parts // self.steps > (step - 1) * parts // self.steps
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +88,8 @@ class Curve:
     Attributes:
         steps: After which a loss was written down.
         losses: Mean training loss since the entry before.
-        step_s: Seconds of one step since then; evaluations and compilation left out.
+        step_s: Seconds of one step since then, without evaluations. The first interval, and the first one after the
+            switch, are left out: they compile.
         evaluated: Steps of the evaluations.
         figures: What they gave, by name.
         densified: The step before which the factors were multiplied out.
@@ -106,6 +114,10 @@ class Curve:
 
     def last(self, name: str) -> float:
         return self.figures[name][-1]
+
+    def at_time(self, name: str, seconds: float) -> float:
+        """The figure after so much training time, between evaluations on a straight line."""
+        return float(np.interp(seconds, [self.seconds(step) for step in self.evaluated], self.figures[name]))
 
     def first_step_at(self, name: str, value: float) -> int | None:
         """The first evaluated step with a figure of ``value`` or less."""
@@ -141,11 +153,12 @@ def train(
         curve, start = _resume(checkpoint, model, optimizer, schedule)
     run = torch.compile(model) if settings.full else model
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=name, leave=False)
-    total, since, clock = torch.zeros((), device=device), 0, None
+    total, since, spent_s, compiled = torch.zeros((), device=device), 0, 0.0, False
+    clock = _now(device)
     for step in bar:
         if step == settings.densify_at:
             mfx.densify(model, optimizer)
-            curve.densified, clock = step, None
+            curve.densified, compiled = step, False
         torch.manual_seed(_mixed(settings.seed, step))  # dropout
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.full):
             value = loss(run, batch(step))
@@ -156,19 +169,19 @@ def train(
         schedule.step()
         total, since = total + value.detach(), since + 1
         done = step + 1
-        if done % settings.log_every == 0 or done == settings.steps:
-            mean, now = total.item() / since, _now(device)
-            if clock is not None:  # else these steps were compiled as well
+        if settings.ends(done, INTERVALS):
+            mean, spent_s = total.item() / since, spent_s + _now(device) - clock
+            if compiled:
                 curve.steps.append(done)
                 curve.losses.append(mean)
-                curve.step_s.append((now - clock) / since)
+                curve.step_s.append(spent_s / since)
             bar.set_postfix(loss=f"{mean:.3f}")
-            total, since = torch.zeros_like(total), 0
-        if evaluate is not None and (done % settings.evaluate_every == 0 or done == settings.steps):
-            _write_down(curve, done, _evaluated(run, evaluate, settings))
-        if done % settings.save_every == 0 or done == settings.steps:
+            total, since, spent_s, compiled, clock = torch.zeros_like(total), 0, 0.0, True, _now(device)
+        if settings.ends(done, EVALUATIONS):
+            spent_s += _now(device) - clock
+            if evaluate is not None:
+                _write_down(curve, done, _evaluated(run, evaluate, settings))
             _save(checkpoint, model, optimizer, schedule, curve, done)
-        if since == 0:
             clock = _now(device)
     return curve
 
@@ -198,7 +211,7 @@ def save_curves(out: Path, curves: Mapping[str, Curve], figure: str, settings: M
     import matplotlib.pyplot as plt
 
     data = {name: dataclasses.asdict(curve) for name, curve in curves.items()}
-    write_json(out / "curves.json", {"settings": dict(settings), "curves": data})
+    write_json(out / "curves.json", {"settings": {key: str(v) for key, v in settings.items()}, "curves": data})
     drawing, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True)
     for name, curve in curves.items():
         axes[0].plot(curve.evaluated, curve.figures[figure], label=name)

@@ -1,0 +1,48 @@
+"""English text as token ids: Wikipedia articles out of a pinned package, or a text file of your own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+
+from examples.demo import wikipedia_articles
+from examples.training import picks
+
+TEST_SHARE = 0.1  # of the text, at its end: other articles than those that are trained on
+
+
+@dataclass
+class Corpus:
+    """Token ids of the training and of the test text; (tokens,)."""
+
+    train: Tensor
+    test: Tensor
+    vocabulary: int
+
+    def batch(self, step: int, size: int, length: int, seed: int) -> Tensor:
+        """Pieces of the training text; (size, length)."""
+        starts = picks(len(self.train) - length, size, step, seed)
+        return torch.stack([self.train[start : start + length] for start in starts.tolist()])
+
+    def test_batches(self, size: int, length: int, count: int) -> list[Tensor]:
+        """``count`` batches, or as many as there are, of the test text, one piece after the other."""
+        pieces = self.test[: len(self.test) // length * length].view(-1, length)
+        return list(pieces.split(size))[:count]
+
+
+def load_corpus(file: Path | None, vocabulary: int) -> Corpus:
+    """Byte-level BPE of ``vocabulary`` tokens, learned on the training text.
+
+    Args:
+        file: Plain text; None for the articles of the package gensim.
+    """
+    text = "\n".join(line for article in wikipedia_articles() for line in article) if file is None else file.read_text()
+    cut = round((1 - TEST_SHARE) * len(text))
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator(text[:cut].splitlines(), vocabulary, show_progress=False)
+    train, test = (torch.tensor(tokenizer.encode(part).ids) for part in (text[:cut], text[cut:]))
+    return Corpus(train, test, tokenizer.get_vocab_size())
