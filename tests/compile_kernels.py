@@ -16,11 +16,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from monarch_fx.kernels import choice, fused, launch, persistent, tiles
+from monarch_fx.kernels import choice, fused, launch, persistent, tiles, together
 from monarch_fx.kernels.choice import Tile
 
 UNITS = 132
-TOKENS = (1, 16, 17, 64, 100, 256, 1000, 4096, 16384)
+FEW_TOKENS = (1, 16, 17, 64)
+TOKENS = (*FEW_TOKENS, 100, 256, 1000, 4096, 16384)
 COLUMNS = (48, 64, 96, 128, 192, 256, 1024, 4096)
 BLOCKS = (1, 2, 4, 8)
 EPILOGUES = (("none", False), ("gelu", False), ("silu", True))
@@ -92,6 +93,22 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
                 yield name, compiled(arch, fused.product, constants, 4, 3, **blocks)
 
 
+def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
+    sizes = list(itertools.product(FEW_TOKENS, COLUMNS, BLOCKS))
+    early = {"PDL": arch >= 90}
+    for tile in {choice.first_tile(*size, UNITS, described=False) for size in sizes}:
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "COUNT": choice.TOGETHER, "EVEN": 5, **early}
+        yield f"first, together {tile}", compiled(arch, together.first, constants, tile.warps, tile.stages)
+    features = {"described": False, "activated": False, "gated": False}
+    for tile in {choice.second_tile(*size[:2], 256, size[2], UNITS, **features) for size in sizes}:
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": 1, "BIAS": 2, "FAST": True, **early}
+        for name, kernel, more in (
+            ("second, together", together.second, {"COUNT": choice.TOGETHER}),
+            ("gated", together.gated, {"ACT": "gelu"}),
+        ):
+            yield f"{name} {tile}", compiled(arch, kernel, {**constants, **more}, tile.warps, tile.stages)
+
+
 if __name__ == "__main__":
-    for name, shared in kernels(int(sys.argv[1])):
+    for name, shared in itertools.chain(*(made(int(sys.argv[1])) for made in (kernels, kernels_together))):
         print(json.dumps([name, shared]), flush=True)

@@ -1,10 +1,12 @@
-"""The op behind monarch_bmm on a GPU. Its calls of torch run anywhere: here on the CPU, in float64."""
+"""The ops behind monarch_bmm on a GPU. Their calls of torch run anywhere: here on the CPU, in float64."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch._dynamo.backends.common import aot_autograd
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import monarch_fx as mfx
@@ -101,9 +103,81 @@ def test_epilogues(shape: tuple[int, ...], activation: str) -> None:
         torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
 
 
+GROUP = [(2, 3, 4, 7), (1, 1, 5, 21), (4, 1, 2, 9)]  # n_in, n_out, rank, s of products of 12 features
+
+
+def group(tokens: int, count: int) -> tuple:
+    """x, and lists of R, L, and a bias for each product but the second."""
+    made = [operands(tokens, n_in, n_out, rank, 12 // n_in, s) for n_in, n_out, rank, s in GROUP[:count]]
+    R, L = [R for _, R, _ in made], [L for *_, L in made]
+    biases = [torch.randn(factor.shape[0] * factor.shape[3], dtype=torch.float64) for factor in L]
+    return made[0][0], R, L, [None if i == 1 else bias for i, bias in enumerate(biases)]
+
+
+def one_by_one(x: torch.Tensor, R: list, L: list, biases: list) -> list[torch.Tensor]:
+    return [mfx.monarch_bmm(x, *factors) for factors in zip(R, L, biases, strict=True)]
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 63, 65])
+def test_products_together(tokens: int) -> None:
+    x, R, L, biases = group(tokens, 3)
+    with torch.no_grad():
+        exact = one_by_one(x, R, L, biases)
+        together = torch.ops.monarch_fx.monarch_together(x[None], R, L, biases)
+        torch.testing.assert_close([y[0] for y in together], exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(gpu.together(x, R, L, biases, None), exact, rtol=1e-12, atol=1e-12)
+        (gated,) = gpu.together(x, R[:2], L[:2], biases[:2], "silu")
+        torch.testing.assert_close(gated, F.silu(exact[0]) * exact[1], rtol=1e-12, atol=1e-12)
+        (same,) = torch.ops.monarch_fx.monarch_together(x, R[:2], L[:2], biases[:2], gated="silu")
+        torch.testing.assert_close(same, gated, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_of_products_together() -> None:
+    x, R, L, biases = group(5, 2)
+
+    def plain(x: torch.Tensor, *factors: torch.Tensor) -> list[torch.Tensor]:
+        return torch.ops.monarch_fx.monarch_together(x, factors[:2], factors[2:], biases)
+
+    def gated(x: torch.Tensor, *factors: torch.Tensor) -> list[torch.Tensor]:
+        return torch.ops.monarch_fx.monarch_together(x, factors[:2], factors[2:], biases, gated="silu")
+
+    for products in (plain, gated):
+        assert torch.autograd.gradcheck(products, (x, *R, *L))
+    tangents = [torch.randn_like(operand) for operand in (x, *R, *L)]
+    _, slope = torch.func.jvp(gated, (x, *R, *L), tuple(tangents))
+    (leaves := [operand.detach().requires_grad_() for operand in (x, *R, *L)])
+    (y,) = gated(*leaves)
+    grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    expected = sum((grad * tangent).sum() for grad, tangent in zip(grads, tangents, strict=True))
+    torch.testing.assert_close(slope[0].sum(), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("gated", [None, "gelu"])
+def test_opcheck_of_products_together(gated: str | None) -> None:
+    x, R, L, biases = (value if value is None or isinstance(value, list) else value.detach() for value in group(5, 2))
+    R, L = [factor.detach() for factor in R], [factor.detach() for factor in L]
+    torch.library.opcheck(gpu.together, (x, R, L, biases, gated))
+
+
+def test_products_together_compile_for_all_numbers_of_tokens() -> None:
+    x, R, L, biases = group(70, 2)
+    x = x.detach()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(lambda x: gpu.together(x, R, L, biases, None), backend=counter, dynamic=True)
+    with torch.no_grad():
+        for tokens in (17, 64, 70):
+            exact = one_by_one(x[:tokens], R, L, biases)
+            torch.testing.assert_close(compiled(x[:tokens]), exact, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
 def test_flops_are_counted() -> None:
     x, R, L = operands(*SHAPES[0])
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         gpu.product_and_intermediate(x, R, L, None)
         gpu.product(x, R, L, None, None, "none")
     assert counter.get_total_flops() == 2 * 2 * len(x) * (R.numel() + L.numel())
+    x, R, L, biases = group(3, 3)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        gpu.together(x, R, L, biases, None)
+    assert counter.get_total_flops() == 2 * len(x) * sum(factor.numel() for factor in (*R, *L))

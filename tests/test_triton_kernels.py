@@ -25,6 +25,14 @@ SHAPES = [
     (500, 2, 2, 24, 64, 64),
     (65, 1, 2, 16, 64, 64),
 ]
+# n_in, n_out, rank, s of products that read the same 120 features: two and three, other grids and ranks, ragged tiles
+GROUPS = [
+    ((2, 3, 8, 24), (1, 1, 20, 33)),
+    ((4, 2, 16, 130), (2, 3, 8, 24), (1, 2, 20, 33)),
+    ((1, 1, 32, 128), (3, 2, 16, 32), (3, 2, 16, 16)),
+]
+# pairs with equal blocks of results; with blocks that a tile divides; with blocks that it doesn't
+PAIRS = [((2, 3, 8, 24), (1, 3, 20, 24)), ((2, 3, 8, 64), (1, 1, 20, 192)), ((2, 3, 8, 16), (1, 1, 20, 48))]
 TILES = [tile for tile in vars(choice).values() if isinstance(tile, choice.Tile)]
 EPILOGUES = [(True, False, name) for name in ACTIVATIONS] + [(False, True, "silu"), (True, True, "gelu")]
 
@@ -39,10 +47,19 @@ def operands(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> t
     return x, R, L, t, y
 
 
+def operands_together(tokens: int, shapes: tuple[tuple[int, ...], ...]) -> tuple:
+    """x, and of each product R, L, bias, and results full of NaN."""
+    made = [operands(tokens, n_in, n_out, rank, 120 // n_in, s) for n_in, n_out, rank, s in shapes]
+    y = [results for *_, results in made]
+    biases = [torch.randn(results.shape[1], dtype=torch.float16, device=DEVICE) for results in y]
+    return made[0][0], [R for _, R, *_ in made], [L for _, _, L, *_ in made], biases, y
+
+
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> None:
-    for made in (launch.first_launch, launch.second_launch, launch.whole_launch):
-        made.cache_clear()
+    for made in vars(launch).values():
+        if hasattr(made, "cache_clear"):
+            made.cache_clear()
 
 
 def check(x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, y: torch.Tensor, *epilogue: object) -> None:
@@ -57,6 +74,24 @@ def check(x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, y: torch.Tensor, *e
     # the intermediate is rounded, which every activation passes on with a slope of at most 1.2, and so is the result;
     # sums are in float32; GELU is within 3e-6
     assert ((y.double() - exact).abs() <= 3 * EPS * scale + 4e-6).all()
+
+
+def check_gated(
+    x: torch.Tensor,
+    R: list[torch.Tensor],
+    L: list[torch.Tensor],
+    y: torch.Tensor,
+    biases: list[torch.Tensor | None],
+    activation: str,
+) -> None:
+    exact, scale = [], []
+    for r, factor, bias in zip(R, L, biases, strict=True):
+        extra = 0 if bias is None else bias.double()
+        exact.append(mfx.Monarch(r.double(), factor.double())(x.double()) + extra)
+        scale.append(mfx.Monarch(r.double().abs(), factor.double().abs())(x.double().abs()) + abs(extra))
+    right = ACTIVATIONS[activation](exact[0]) * exact[1]
+    # the intermediates' roundings, the gate's passed on with a slope of at most 1.2, and that of the result
+    assert ((y.double() - right).abs() <= 6 * EPS * scale[0] * scale[1] + 4e-6 * scale[1]).all()
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -77,6 +112,41 @@ def test_every_tile(tile: choice.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     launch.first_half(x, R, t)
     launch.second_half(t, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 63])
+@pytest.mark.parametrize("shapes", GROUPS)
+def test_products_together(shapes: tuple[tuple[int, ...], ...], tokens: int) -> None:
+    x, R, L, biases, y = operands_together(tokens, shapes)
+    some = [None if i == 1 else bias for i, bias in enumerate(biases)]
+    assert launch.halves(x, R, L, y, some, None)
+    for product in zip(R, L, y, some, strict=True):
+        check(x, *product, None, "none")
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 63])
+@pytest.mark.parametrize("shapes", PAIRS)
+@pytest.mark.parametrize(("activation", "biased"), [("silu", ()), ("gelu", (0,)), ("relu", (1,)), ("silu", (0, 1))])
+def test_a_product_that_is_the_gate_of_another(
+    shapes: tuple[tuple[int, ...], ...], tokens: int, activation: str, biased: tuple[int, ...]
+) -> None:
+    x, R, L, biases, (_, y) = operands_together(tokens, shapes)
+    some = [bias if i in biased else None for i, bias in enumerate(biases)]
+    assert launch.halves(x, R, L, [y], some, activation)
+    check_gated(x, R, L, y, some, activation)
+
+
+@pytest.mark.parametrize("tile", [tile for tile in TILES if not tile.per_unit], ids=str)
+def test_every_tile_of_products_together(tile: choice.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "first_tile", lambda *sizes, **features: tile)
+    monkeypatch.setattr(launch, "second_tile", lambda *sizes, **features: tile)
+    x, R, L, biases, y = operands_together(16, GROUPS[1])
+    assert launch.halves(x, R, L, y, biases, None)
+    for product in zip(R, L, y, biases, strict=True):
+        check(x, *product, None, "none")
+    x, R, L, biases, (_, y) = operands_together(16, PAIRS[0])
+    assert launch.halves(x, R, L, [y], biases, "silu")
+    check_gated(x, R, L, y, biases, "silu")
 
 
 @pytest.mark.parametrize(("with_bias", "gated", "activation"), EPILOGUES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
+TOGETHER = 3  # products of the same few tokens in one launch
 STRIDED_FLOPS = 8e9  # in one call of the first half; above, cuBLAS is faster than tiles without tensor descriptors
 FUSED_TOKENS = 2048  # from which one kernel beats two on small products
 FUSED_FEATURES = 1024

@@ -1,23 +1,23 @@
 """act(monarch_bmm(x, ...))  ->  monarch_bmm(x, ..., activation=act);  act(g) * monarch_bmm(...)  ->  ... gate=g
 
-A pass over the graph that ``torch.compile`` hands to Inductor, before gradients are taken: there one node is one
-activation. Whether a kernel's epilogue computes it is the operator's decision.
+Whether a kernel's epilogue computes the activation is the operator's decision.
 """
 
 from __future__ import annotations
 
 import operator
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config as inductor_config
 import torch.nn.functional as F
 from torch import fx
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 PRODUCTS = (torch.ops.monarch_fx.monarch_bmm, torch.ops.monarch_fx.monarch_bmm.default)
 PRODUCTS_OF_TWO = (operator.mul, torch.mul, torch.ops.aten.mul.Tensor)
+IN_PLACE = (  # what ``x += y`` and its like are in a graph
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.ilshift, operator.irshift),
+)
 NAMES = {
     F.gelu: "gelu",
     torch.ops.aten.gelu.default: "gelu",
@@ -29,23 +29,32 @@ NAMES = {
 }
 
 
-class FuseActivations(CustomGraphPass):
+def fuse_activations(graph: fx.Graph) -> None:
     """Moves activations, and the multiplication of a gated MLP, into the products whose results they take."""
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for fuse in (_fuse_gate, _fuse_activation):  # a gate takes its activation along
-            for node in list(graph.nodes):
-                if node.op == "call_function" and node.target in PRODUCTS and _is_plain(node) and len(node.users) == 1:
-                    fuse(graph, node, *node.users)
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((str(Path(__file__)),))
+    for fuse in (_fuse_gate, _fuse_activation):  # a gate takes its activation along
+        for node in list(graph.nodes):
+            if is_product(node) and is_plain(node) and len(node.users) == 1:
+                fuse(graph, node, *node.users)
 
 
-def install() -> None:
-    """Makes Inductor run the pass, unless the user has a pass in its place."""
-    if inductor_config.pre_grad_custom_pass is None:
-        inductor_config.pre_grad_custom_pass = FuseActivations()
+def is_product(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target in PRODUCTS
+
+
+def is_plain(node: fx.Node) -> bool:
+    """Whether a product has neither activation nor gate."""
+    return node.kwargs.get("activation", "none") == "none" and node.kwargs.get("gate") is None
+
+
+def may_change(node: fx.Node) -> bool:
+    """Whether a tensor, or a mode such as autocast, may be another one behind the node than before it."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.endswith("_") or node.target in IN_PLACE or isinstance(node.target, torch._ops.HigherOrderOperator):
+        return True
+    in_place = node.kwargs.get("inplace") or node.kwargs.get("out") or any(value is True for value in node.args)
+    return bool(in_place) or node.is_impure()
 
 
 def activation_of(node: fx.Node) -> tuple[str, Any]:
@@ -57,10 +66,6 @@ def activation_of(node: fx.Node) -> tuple[str, Any]:
         return "", None
     approximate = node.kwargs.get("approximate", "none")
     return ("gelu_tanh" if approximate == "tanh" else name), node.args[0]
-
-
-def _is_plain(node: fx.Node) -> bool:
-    return node.kwargs.get("activation", "none") == "none" and node.kwargs.get("gate") is None
 
 
 def _fuse_activation(graph: fx.Graph, product: fx.Node, user: fx.Node) -> None:
@@ -82,7 +87,7 @@ def _fuse_gate(graph: fx.Graph, product: fx.Node, user: fx.Node) -> None:
         return
     between = list(graph.nodes)
     between = between[between.index(active) : between.index(product)]
-    if any(_may_mutate(node) for node in between):  # the gate is read later than the activation was
+    if any(may_change(node) for node in between):  # the gate is read later than the activation was
         return
     _fuse(graph, product, user, activation=activation, gate=gate)
     graph.erase_node(active)
@@ -103,8 +108,3 @@ def _alike(one: fx.Node, other: fx.Node) -> bool:
     """Whether two nodes are known to have the same shape and dtype."""
     a, b = (node.meta.get("example_value", node.meta.get("val")) for node in (one, other))
     return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.shape == b.shape and a.dtype == b.dtype
-
-
-def _may_mutate(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") or name == "setitem" or bool(node.kwargs.get("inplace") or node.kwargs.get("out"))

@@ -2,8 +2,9 @@
 
 A product has two halves, or is one kernel where that is faster. The first half stores its result block-transposed (a
 Triton kernel); the second writes strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result
-gets a bias or an activation). The backward pass runs the same halves with the factors swapped, since the transposed
-matrix is Monarch(L, R). On a CPU, where it is tested, and where a kernel fails, plain batched products do the same.
+gets a bias or an activation). Several products that read the same few tokens run half by half together. The backward
+pass runs the same halves with the factors swapped, since the transposed matrix is Monarch(L, R). On a CPU, where it is
+tested, and where a kernel fails, plain batched products do the same.
 """
 
 from __future__ import annotations
@@ -35,6 +36,16 @@ def serves(x: Tensor, R: Tensor) -> bool:
     return _triton() is not None
 
 
+def serves_together(x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None]) -> bool:
+    """Whether these kernels take several products of x together: without padding, broadcast biases or gradients."""
+    if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, *R, *L, *biases)):
+        return False
+    if not all(serves(x, factor) and x.shape[-1] == factor.shape[0] * factor.shape[3] for factor in R):
+        return False
+    rows = [factor.shape[0] * factor.shape[3] for factor in L]
+    return all(bias is None or bias.shape == (count,) for bias, count in zip(biases, rows, strict=True))
+
+
 @functools.cache
 def _triton() -> Any:
     """What launches the Triton kernels, None where there is no Triton. Imported here alone: CPU users need none."""
@@ -43,7 +54,7 @@ def _triton() -> Any:
     except ImportError as error:
         warnings.warn(f"Monarch products run on slower kernels, without Triton: {error}.", MonarchWarning, stacklevel=2)
         return None
-    importlib.import_module("monarch_fx.kernels.fusion").install()
+    importlib.import_module("monarch_fx.kernels.inductor").install()
     return launch
 
 
@@ -63,6 +74,18 @@ def products(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
+def products_together(
+    x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None], gated: str | None
+) -> list[Tensor]:
+    """x (*, in_features) -> each (*, n_out * s), contiguous; with ``gated`` one, ``gated(first product) * second``."""
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        x, R, L = x.to(dtype), [factor.to(dtype) for factor in R], [factor.to(dtype) for factor in L]
+        biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+    results = together(x.reshape(-1, x.shape[-1]), R, L, biases, gated)
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
+
+
 def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
     """x (tokens, n_in * p) -> (tokens, n_out * s): ``act(M x + bias)``, or ``act(gate) * (M x + bias)``."""
     x, R, L = _rows(x), R.contiguous(), L.contiguous()
@@ -75,6 +98,22 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
         _second(_first(x, R), L, y, bias, gate, activation)
     return y
+
+
+def _together(
+    x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None], gated: str | None
+) -> list[Tensor]:
+    """x (tokens, in_features) -> each (tokens, n_out * s); with ``gated`` one, ``gated(first product) * second``."""
+    if 0 < len(x) <= FEW_TOKENS:
+        x, R, L = _rows(x), [factor.contiguous() for factor in R], [factor.contiguous() for factor in L]
+        biases = [bias if bias is None else bias.contiguous() for bias in biases]
+        y = _fake_together(x, R, L, biases, gated)
+        if _ran("several products", "halves", x, R, L, y, biases, gated):
+            return y
+    if gated is None:
+        return [_product(x, *factors, None, "none") for factors in zip(R, L, biases, strict=True)]
+    gate = _product(x, R[0], L[0], biases[0], None, "none")
+    return [_product(x, R[1], L[1], biases[1], gate, gated)]
 
 
 def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -124,20 +163,24 @@ _failed: set[tuple[Any, ...]] = set()
 
 def _ran(what: str, launcher: str, *operands: Any) -> bool:
     """Whether a Triton kernel has run: not on a CPU; where it can't be compiled, that is said once for these sizes."""
-    x, factor = operands[:2]
-    if not x.is_cuda or (_failed and (what, factor.shape) in _failed):
+    x, factors = operands[:2]
+    if not x.is_cuda or (_failed and (what, _sizes(factors)) in _failed):
         return False
     try:
         return bool(getattr(_triton(), launcher)(*operands))
     except (importlib.import_module("triton.errors").TritonError, RuntimeError) as error:
-        _failed.add((what, factor.shape))
+        _failed.add((what, _sizes(factors)))
         warnings.warn(
             f"The Triton kernel for {what} of a Monarch product failed on {tuple(x.shape)} {x.dtype}, factor sizes "
-            f"{tuple(factor.shape)}: {type(error).__name__}: {str(error)[:500]}. Batched products run instead, slower.",
+            f"{_sizes(factors)}: {type(error).__name__}: {str(error)[:500]}. Batched products run instead, slower.",
             MonarchWarning,
             stacklevel=2,
         )
         return False
+
+
+def _sizes(factors: Tensor | list[Tensor]) -> str:
+    return ", ".join(str(tuple(factor.shape)) for factor in (factors if isinstance(factors, list) else [factors]))
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -183,6 +226,12 @@ def _fake_product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Te
     return x.new_empty(x.shape[0], L.shape[0] * L.shape[3])
 
 
+def _fake_together(
+    x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None], gated: str | None
+) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], factor.shape[0] * factor.shape[3]) for factor in (L if gated is None else L[1:])]
+
+
 def _fake_product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[0], L.shape[0] * L.shape[3]), _intermediate(x, R)
 
@@ -192,12 +241,16 @@ _LIBRARY = torch.library.Library("monarch_fx_kernels", "FRAGMENT")
 _EXACT = {"tags": (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)}
 _LIBRARY.define("product(Tensor x, Tensor R, Tensor L, Tensor? bias, Tensor? gate, str activation) -> Tensor", **_EXACT)
 _LIBRARY.define("product_and_intermediate(Tensor x, Tensor R, Tensor L, Tensor? bias) -> (Tensor, Tensor)", **_EXACT)
+_LIBRARY.define("together(Tensor x, Tensor[] R, Tensor[] L, Tensor?[] biases, str? gated) -> Tensor[]", **_EXACT)
 _LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
 _LIBRARY.impl("product_and_intermediate", _product_and_intermediate, "CompositeExplicitAutograd")
+_LIBRARY.impl("together", _together, "CompositeExplicitAutograd")
 product = torch.ops.monarch_fx_kernels.product.default
 product_and_intermediate = torch.ops.monarch_fx_kernels.product_and_intermediate.default
+together = torch.ops.monarch_fx_kernels.together.default
 torch.library.register_fake(product, _fake_product, lib=_LIBRARY)
 torch.library.register_fake(product_and_intermediate, _fake_product_and_intermediate, lib=_LIBRARY)
+torch.library.register_fake(together, _fake_together, lib=_LIBRARY)
 torch.library.register_autograd(product_and_intermediate, _backward, setup_context=_save, lib=_LIBRARY)
 
 
@@ -205,3 +258,8 @@ torch.library.register_autograd(product_and_intermediate, _backward, setup_conte
 def _flops(x: torch.Size, R: torch.Size, L: torch.Size, *args: Any, **kwargs: Any) -> int:
     n_in, n_out, rank, p = R
     return 2 * x[0] * n_in * n_out * rank * (p + L[3])
+
+
+@register_flop_formula(torch.ops.monarch_fx_kernels.together)
+def _flops_together(x: torch.Size, R: list[torch.Size], L: list[torch.Size], *args: Any, **kwargs: Any) -> int:
+    return sum(_flops(x, *factors) for factors in zip(R, L, strict=True))

@@ -14,8 +14,8 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from monarch_fx.kernels import fused, persistent, tiles
-from monarch_fx.kernels.choice import FEW_TOKENS, STRIDED_FLOPS, Tile, first_tile, second_tile
+from monarch_fx.kernels import fused, persistent, tiles, together
+from monarch_fx.kernels.choice import FEW_TOKENS, STRIDED_FLOPS, TOGETHER, Tile, first_tile, second_tile
 
 INTERPRETED = triton.knobs.runtime.interpret
 FUSED_M, FUSED_N, FUSED_K, FUSED_STAGES = 64, 64, 64, 4
@@ -101,6 +101,37 @@ def whole(
     strides = x.stride(0), y.stride(0), extra[1].stride(0)
     launch = whole_launch(len(x), R.shape, L.shape[3], strides, kinds, x.dtype, x.device, aligned)
     return launch is not None and _on_its_device(launch, x, R, L, y, *extra)
+
+
+def halves(
+    x: Tensor,
+    R: Sequence[Tensor],
+    L: Sequence[Tensor],
+    y: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    gated: str | None,
+) -> bool:
+    """x (tokens, in_features) with up to ``TOGETHER`` matrices into their ``y``: a launch for each half of all.
+
+    With ``gated``, an activation, the one result is ``gated(first product) * second product``.
+    """
+    tokens, dtype, device = len(x), x.dtype, x.device
+    t = [x.new_empty(factor.shape[1], tokens, factor.shape[0] * factor.shape[2]) for factor in R]
+    shapes = tuple(factor.shape for factor in R)
+    launch = first_launch_together(tokens, x.stride(0), shapes, dtype, device, _aligned(x, *R, *t))
+    _on_its_device(launch, x, *_filled(R), *_filled(t))
+    extra = [y[-1] if bias is None else bias for bias in biases]
+    kinds = tuple(bias is not None for bias in biases)
+    shapes, aligned = tuple(factor.shape for factor in L), _aligned(*t, *L, *y, *extra)
+    if gated is None:
+        launch = second_launch_together(tokens, shapes, kinds, dtype, device, aligned)
+        return _on_its_device(launch, *_filled(t), *_filled(L), *_filled(y), *_filled(extra))
+    last = gated_launch(tokens, shapes, kinds, gated, dtype, device, aligned)
+    if last is not None:
+        return _on_its_device(last, *t, *L, *y, *extra)
+    gate = torch.empty_like(y[0])
+    second_half(t[0], L[0], gate, biases[0], None, "none")
+    return second_half(t[1], L[1], y[0], biases[1], gate, gated)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -202,6 +233,79 @@ def whole_launch(
     options |= {"M": FUSED_M, "N": FUSED_N, "K": FUSED_K, "STAGES": FUSED_STAGES, "num_warps": 4}
     grid = n_out, triton.cdiv(tokens, FUSED_M)
     return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
+
+
+@functools.lru_cache(REMEMBERED)
+def first_launch_together(
+    tokens: int,
+    stride_x: int,
+    factors: Sequence[Sequence[int]],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Launch:
+    n_in, n_out, rank, p = zip(*factors, strict=True)
+    width = [a * b for a, b in zip(n_out, rank, strict=True)]
+    columns = sum(a * b for a, b in zip(width, n_in, strict=True))
+    tile = first_tile(tokens, columns, 1, _units(device), described=False)
+    even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
+    programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
+    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
+    numbers = tokens, stride_x, *_filled(p), *_filled(width), *_filled(rank), *_filled(n_in)
+    return Launch(together.first, (programs,), [None] * 7, numbers, options, aligned)
+
+
+@functools.lru_cache(REMEMBERED)
+def second_launch_together(
+    tokens: int,
+    factors: Sequence[Sequence[int]],
+    biases: Sequence[bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Launch:
+    n_out, n_in, rank, s = zip(*factors, strict=True)
+    depth = [a * b for a, b in zip(n_in, rank, strict=True)]
+    columns = sum(a * b for a, b in zip(s, n_out, strict=True))
+    tile = second_tile(tokens, columns, max(depth), 1, _units(device), described=False, activated=False, gated=False)
+    even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
+    programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(s, n_out, strict=True))
+    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
+    options |= {"BIAS": _bits(biases), "FAST": not INTERPRETED}
+    numbers = tokens, *_filled(depth), *_filled(s), *_filled(n_out)
+    return Launch(together.second, (programs,), [None] * 12, numbers, options, aligned)
+
+
+@functools.lru_cache(REMEMBERED)
+def gated_launch(
+    tokens: int,
+    factors: Sequence[Sequence[int]],
+    biases: Sequence[bool],
+    activation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> Launch | None:
+    """None where a tile of results would lie in several blocks of a factor."""
+    n_out, n_in, rank, s = zip(*factors, strict=True)
+    depth = [a * b for a, b in zip(n_in, rank, strict=True)]
+    tile = second_tile(tokens, s[1], sum(depth), n_out[1], _units(device), described=False, activated=True, gated=True)
+    if s[0] != s[1] and (s[0] % tile.N or s[1] % tile.N):
+        return None
+    even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
+    options = {**_options(tile, device), "EVEN": _bits(even), "BIAS": _bits(biases)}
+    options |= {"ACT": activation, "FAST": not INTERPRETED}
+    grid = triton.cdiv(s[1], tile.N), n_out[1]
+    return Launch(together.gated, grid, [None] * 7, (tokens, *depth, *s, n_out[1]), options, aligned)
+
+
+def _filled(values: Sequence[Any]) -> Sequence[Any]:
+    """One for each place of a kernel that runs products together; what fills up is not looked at."""
+    return (*values, *[values[-1]] * TOGETHER)[:TOGETHER]
+
+
+def _bits(flags: Sequence[bool]) -> int:
+    return sum(flag << i for i, flag in enumerate(flags))
 
 
 def _on_its_device(launch: Launch, *tensors: Tensor) -> bool:

@@ -36,14 +36,28 @@ def _product(
     return reference.activated(y, gate, activation)
 
 
+def _together(
+    x: Tensor, R: list[Tensor], L: list[Tensor], bias: list[Tensor | None], *, gated: str | None = None
+) -> list[Tensor]:
+    """Products that read the same x, as ``gathering`` finds them; with ``gated`` one: ``gated(first) * second``."""
+    if gpu.serves_together(x, R, L, bias):
+        return gpu.products_together(x, R, L, bias, gated)
+    if gated is None:
+        return [_product(x, *operands) for operands in zip(R, L, bias, strict=True)]
+    gate = _product(x, R[0], L[0], bias[0])
+    return [_product(x, R[1], L[1], bias[1], activation=gated, gate=gate)]
+
+
 # Composite: one node in traces and exports, while autograd, functorch, autocast and Inductor see the ATen ops inside.
 _LIBRARY = torch.library.Library("monarch_fx", "FRAGMENT")
 _LIBRARY.define(
     "monarch_bmm(Tensor x, Tensor R, Tensor L, Tensor? bias=None, *, SymInt? out_features=None, "
     'str activation="none", Tensor? gate=None) -> Tensor'
 )
+_LIBRARY.define("monarch_together(Tensor x, Tensor[] R, Tensor[] L, Tensor?[] bias, *, str? gated=None) -> Tensor[]")
 _LIBRARY.define("monarch_grouped_mm(Tensor x, Tensor R, Tensor L, Tensor offs, *, SymInt? out_features=None) -> Tensor")
 _LIBRARY.impl("monarch_bmm", _product, "CompositeImplicitAutograd")
+_LIBRARY.impl("monarch_together", _together, "CompositeImplicitAutograd")
 _LIBRARY.impl("monarch_grouped_mm", grouped.monarch_grouped_mm, "CompositeImplicitAutograd")
 
 

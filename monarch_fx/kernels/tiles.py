@@ -21,13 +21,23 @@ def first(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c]; a program has one k."""
-    n = tl.program_id(0) * N + tl.arange(0, N)  # over j and i
-    k = tl.program_id(1)
-    m = tl.program_id(2) * M + tl.arange(0, M)
-    c = tl.arange(0, K)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    n = tl.program_id(0) * N + tl.arange(0, N)  # over j and i
+    m = tl.program_id(2) * M + tl.arange(0, M)
+    k = tl.program_id(1)
+    first_tile(x_ptr, r_ptr, t_ptr, m, n, k, tokens, p, width, rank, stride_x, stride_t, stride_j, M, N, K, EVEN)
+
+
+@triton.jit
+def first_tile(
+    x_ptr, r_ptr, t_ptr, m, n, k,
+    tokens, p, width, rank, stride_x, stride_t, stride_j,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Rows ``m`` and columns ``n`` of what block column k gives."""
+    c = tl.arange(0, K)
     x = x_ptr + m[:, None].to(tl.int64) * stride_x + k * p + c[None, :]
     r = r_ptr + (k * width + n)[:, None].to(tl.int64) * p + c[None, :]
     acc = tl.zeros((M, N), tl.float32)
@@ -53,12 +63,43 @@ def second(
     BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """y[token, j * s + n] = sum_d t[j, token, d] L[j, d, n]; a program has one j."""
-    n = tl.program_id(0) * N + tl.arange(0, N)
-    j = tl.program_id(1).to(tl.int64)
-    m = tl.program_id(2) * M + tl.arange(0, M)
-    d = tl.arange(0, K)
     if PDL:
         gdc_wait()
+    n = tl.program_id(0) * N + tl.arange(0, N)
+    m = tl.program_id(2) * M + tl.arange(0, M)
+    j = tl.program_id(1).to(tl.int64)
+    second_tile(
+        t_ptr, l_ptr, y_ptr, bias_ptr, gate_ptr, m, n, j,
+        tokens, depth, s, stride_t, stride_j, stride_y, stride_gate, M, N, K, EVEN, BIAS, ACT, GATED, FAST,
+    )  # fmt: skip
+
+
+@triton.jit
+def second_tile(
+    t_ptr, l_ptr, y_ptr, bias_ptr, gate_ptr, m, n, j,
+    tokens, depth, s, stride_t, stride_j, stride_y, stride_gate,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Rows ``m`` and columns ``n`` of block row j."""
+    acc = second_sums(t_ptr, l_ptr, m, n, j, tokens, depth, s, stride_t, stride_j, M, N, K, EVEN)
+    inside = (m[:, None] < tokens) & (n[None, :] < s)
+    column = j * s + n
+    bias = bias_ptr + tl.where(n < s, column, 0)
+    gate = gate_ptr + m[:, None].to(tl.int64) * stride_gate + column[None, :]
+    acc = finished(acc, bias, gate, inside, BIAS, ACT, GATED, FAST)
+    y = y_ptr + m[:, None].to(tl.int64) * stride_y + column[None, :]
+    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def second_sums(
+    t_ptr, l_ptr, m, n, j,
+    tokens, depth, s, stride_t, stride_j,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """What ``second_tile`` has before its epilogue."""
+    d = tl.arange(0, K)
     t = t_ptr + j * stride_j + m[:, None].to(tl.int64) * stride_t + d[None, :]
     w = l_ptr + (j * depth + d[:, None]) * s + n[None, :]
     acc = tl.zeros((M, N), tl.float32)
@@ -71,10 +112,4 @@ def second(
             b = tl.load(w, mask=(d[:, None] < depth - start) & (n[None, :] < s), other=0.0)
         acc = tl.dot(a, b, acc)
         w += K * s
-    inside = (m[:, None] < tokens) & (n[None, :] < s)
-    column = j * s + n
-    bias = bias_ptr + tl.where(n < s, column, 0)
-    gate = gate_ptr + m[:, None].to(tl.int64) * stride_gate + column[None, :]
-    acc = finished(acc, bias, gate, inside, BIAS, ACT, GATED, FAST)
-    y = y_ptr + m[:, None].to(tl.int64) * stride_y + column[None, :]
-    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    return acc
