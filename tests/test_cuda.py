@@ -172,6 +172,65 @@ def test_compiled_activations_in_the_epilogue(mode: str | None, tokens: int) -> 
     assert not any("silu" in name or "gelu" in name for name in names), names
 
 
+class Projections(torch.nn.Module):
+    """Queries, keys and values: three grids, two biases; all read the same rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        make = {"device": "cuda", "dtype": torch.bfloat16}
+        self.q = mfx.MonarchLinear(256, 512, (2, 4), 48, **make)
+        self.k = mfx.MonarchLinear(256, 128, 2, 24, bias=False, **make)
+        self.v = mfx.MonarchLinear(256, 128, 1, 80, **make)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.q(x), self.k(x), self.v(x)
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_products_of_the_same_rows_together() -> None:
+    """Two kernels up to 64 tokens, one graph for all numbers of tokens, the same bits twice."""
+    model, graphs = Projections(), []
+
+    def backend(module: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(module)
+        return torch._inductor.compile(module, inputs)
+
+    compiled = torch.compile(model, dynamic=True, fullgraph=True, backend=backend)
+    wide = Projections().double()
+    wide.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    with torch.no_grad():
+        for tokens in (2, 3, 63, 64, 65, 300):
+            x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
+            results = compiled(x)
+            with torch.profiler.profile(acc_events=True) as profile:
+                again = compiled(x)
+            for y, same, exact in zip(results, again, wide(x.double()), strict=True):
+                # three roundings, averaged over the tensor
+                assert (y.double() - exact).norm() <= 3 * torch.finfo(torch.bfloat16).eps * exact.norm()
+                assert torch.equal(y, same)
+            kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            assert tokens > 64 or len(kernels) == 2, kernels
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("grids", [(2, 2), (4, 2), (1, 3)])
+@pytest.mark.parametrize("tokens", [1, 16, 17, 64])
+def test_a_gate_in_the_same_launch(tokens: int, grids: tuple[int, int]) -> None:
+    """Blocks of equal sizes, of sizes that a tile divides, and of others."""
+    layers = [mfx.MonarchLinear(384, 768, grid, 32, device="cuda", dtype=torch.bfloat16) for grid in grids]
+    x = torch.randn(tokens, 384, device="cuda", dtype=torch.bfloat16)
+    factors = [[layer.weight.R for layer in layers], [layer.weight.L for layer in layers]]
+    biases = [layer.bias for layer in layers]
+    with torch.no_grad():
+        (y,) = torch.ops.monarch_fx.monarch_together(x, *factors, biases, gated="silu")
+        (again,) = torch.ops.monarch_fx.monarch_together(x, *factors, biases, gated="silu")
+        gate, up = (exact_and_scale(x.double(), layer)[0] for layer in layers)
+    exact = torch.nn.functional.silu(gate) * up
+    # two roundings in each product, and that of the result
+    assert (y.double() - exact).norm() <= 5 * torch.finfo(torch.bfloat16).eps * exact.norm()
+    assert torch.equal(y, again)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_device_that_is_not_the_current_one() -> None:
     layer = mfx.MonarchLinear(256, 512, (2, 4), 48, device="cuda:1", dtype=torch.bfloat16)
@@ -204,3 +263,21 @@ def test_a_kernel_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> No
         y = layer(x)
     assert ((y.double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
     assert torch.equal(layer(x), y)  # without another warning, which would be an error
+
+
+def test_products_together_that_fail_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from monarch_fx.kernels import gpu, launch
+
+    def fails(*operands: object) -> None:
+        raise RuntimeError("out of shared memory")
+
+    monkeypatch.setattr(launch, "halves", fails)
+    monkeypatch.setattr(gpu, "_failed", set())
+    layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(4, 96, device="cuda", dtype=torch.bfloat16)
+    operands = (x, [layer.weight.R] * 2, [layer.weight.L] * 2, [layer.bias, None])
+    with torch.no_grad():
+        with pytest.warns(MonarchWarning, match=r"several products .* failed on \(4, 96\).*out of shared memory"):
+            y, _ = torch.ops.monarch_fx.monarch_together(*operands)
+        assert torch.equal(y, layer(x))
+        torch.ops.monarch_fx.monarch_together(*operands)  # without another warning, which would be an error
