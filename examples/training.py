@@ -119,10 +119,19 @@ class Curve:
         """The figure after so much training time, between evaluations on a straight line."""
         return float(np.interp(seconds, [self.seconds(step) for step in self.evaluated], self.figures[name]))
 
-    def first_step_at(self, name: str, value: float) -> int | None:
-        """The first evaluated step with a figure of ``value`` or less."""
-        reached = (step for step, v in zip(self.evaluated, self.figures[name], strict=True) if v <= value)
-        return next(reached, None)
+    def time_to(self, name: str, value: float) -> float:
+        """Seconds of training until the figure is ``value`` or less, between evaluations on a straight line.
+
+        Raises:
+            ValueError: It never is.
+        """
+        figures, times = self.figures[name], [self.seconds(step) for step in self.evaluated]
+        for i, figure in enumerate(figures):
+            if figure <= value:
+                before = max(0, i - 1)
+                span = figures[before] - figure
+                return times[i] if not span else times[i] - (times[i] - times[before]) * (value - figure) / span
+        raise ValueError(f"{name} never came down to {value:.4g}.")
 
 
 def train(
