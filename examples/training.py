@@ -155,7 +155,8 @@ def train(
     device, checkpoint = settings.device, settings.out / f"{name}.pt"
     model.to(device).train()
     groups = mfx.parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay, factor_lr=factor_lr)
-    optimizer = torch.optim.AdamW(groups, fused=device.type == "cuda")
+    fused = device.type == "cuda" and not any(p.is_complex() for p in model.parameters())  # complex ones can't be
+    optimizer = torch.optim.AdamW(groups, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
     curve, start = Curve(), 0
     if checkpoint.exists():
