@@ -8,9 +8,9 @@ from monarch_fx.kernels.op import monarch_bmm
 from monarch_fx.layers import MonarchLinear
 from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.projection.recovery import recover_factors
-from monarch_fx.records import Plan, Report, TrainingSummary
+from monarch_fx.records import Plan, Recovery, Report, TrainingSummary
 from monarch_fx.structure import Monarch, MonarchShape
-from monarch_fx.training import densify, parameter_groups, training_summary
+from monarch_fx.training import densify, parameter_groups, recover, training_summary
 
 __all__ = [
     "Calibration",
@@ -20,6 +20,7 @@ __all__ = [
     "MonarchLinear",
     "MonarchShape",
     "Plan",
+    "Recovery",
     "Report",
     "TrainingSummary",
     "calibrate",
@@ -30,6 +31,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "print_graph",
+    "recover",
     "recover_factors",
     "report",
     "to_dense",

@@ -286,6 +286,11 @@ def report(model: nn.Module) -> Report:
     return made
 
 
+def note(model: nn.Module, made: Report) -> None:
+    """Replaces the report of a model."""
+    setattr(model, _REPORT, made)
+
+
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of ``model`` in which every Monarch weight is a plain dense parameter again; same outputs.
 
@@ -344,7 +349,7 @@ def _carry_out(
         seconds = time.perf_counter() - start
         versions = (("torch", torch.__version__),)
         figures = tuple(errors.items()), init, before, after, seconds, versions
-        setattr(target, _REPORT, Report(plan, *figures, calibrated=bool(seen), losses=tuple(losses.items())))
+        note(target, Report(plan, *figures, calibrated=bool(seen), losses=tuple(losses.items())))
 
     try:
         for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False, disable=len(jobs) < 2):

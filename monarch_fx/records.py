@@ -274,6 +274,24 @@ def _plan(data: dict[str, Any]) -> Plan:
 
 
 @dataclass(frozen=True)
+class Recovery:
+    """What distillation did to a rewritten model.
+
+    Attributes:
+        before: Distance of its outputs from the teacher's on held-out batches, a token: the divergence of logits, or
+            half the relative squared error of the output.
+        after: The same at the end.
+        steps: Of one batch each.
+        seconds: Wall-clock time.
+    """
+
+    before: float
+    after: float
+    steps: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What was done to a model; print it, or take ``to_dict()``.
 
@@ -288,6 +306,7 @@ class Report:
         versions: Of the libraries involved.
         losses: Second-order increase of the model's loss by every rewritten product that calibration data tell of, from
             its factors.
+        recovery: What ``recover`` did afterwards; errors and losses are those before it.
     """
 
     plan: Plan
@@ -299,6 +318,7 @@ class Report:
     versions: tuple[tuple[str, str], ...]
     calibrated: bool = False
     losses: tuple[tuple[str, float], ...] = ()
+    recovery: Recovery | None = None
 
     @property
     def loss(self) -> float | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,10 @@ from monarch_fx.errors import ConfigError, MonarchWarning
 from monarch_fx.layers.match import Match
 from monarch_fx.passes import checks, rewrite
 from monarch_fx.passes.inputs import Inputs, user_inputs
-from monarch_fx.passes.losses import loss_gradient
+from monarch_fx.passes.losses import attention_mask, counted, loss_gradient
 from monarch_fx.records import Candidate
+
+Observe = Callable[[Sequence[Candidate], Match, Tensor, Tensor], Tensor]
 
 ROWS_AT_ONCE = 4096  # added up in float32, then in float64
 
@@ -89,10 +91,7 @@ class _Sums:
         _add(self.gradients, candidate.name, self._counted(gradient), candidate.out_features, part)
 
     def _counted(self, x: Tensor) -> Tensor:
-        """The rows (tokens, features) that count."""
-        if self.mask is not None and x.shape[:-1] == self.mask.shape:
-            x = x[self.mask]
-        return x.detach().reshape(-1, x.shape[-1])
+        return counted(x.detach(), self.mask)
 
     def start_again_without_gradients(self) -> None:
         self.inputs.clear()
@@ -143,12 +142,12 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
         )
     device = next(model.parameters()).device
     sums = _Sums(anchor=torch.zeros((), device=device, requires_grad=True))
-    twin = _observed(model, candidates, sums).eval().requires_grad_(False)
+    twin = observed(model, candidates, sums.observe).eval().requires_grad_(False)
     draw = torch.Generator(device).manual_seed(0)  # the same plan every time, and the user's own generator left alone
     first = True
     for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False):
         inputs = user_inputs(model, batch).on(device)
-        sums.mask = _mask(inputs)
+        sums.mask = attention_mask(inputs.kwargs)
         if sums.anchor is not None:
             try:
                 _forward_and_backward(twin, inputs, sums, draw)
@@ -179,8 +178,9 @@ def _forward_and_backward(twin: nn.Module, inputs: Inputs, sums: _Sums, draw: to
     sums.tokens += int(gradient.any(-1).sum())
 
 
-def _observed(model: nn.Module, candidates: Sequence[Candidate], sums: _Sums) -> nn.Module:
-    """A copy of ``model`` that shares the candidates' values with it, and tells ``sums`` what its products see."""
+def observed(model: nn.Module, candidates: Sequence[Candidate], observe: Observe) -> nn.Module:
+    """A copy of ``model`` that shares the candidates' values with it, and tells ``observe`` what its products see: the
+    candidates of the weight, which piece of it that is, and its inputs and outputs; it gives the outputs back."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     by_parameter: dict[str, list[Candidate]] = {}
     for candidate in candidates:
@@ -188,11 +188,6 @@ def _observed(model: nn.Module, candidates: Sequence[Candidate], sums: _Sums) ->
     twin = rewrite.copy_without(model, by_parameter)
     for name, mine in by_parameter.items():
         weight = rewrite.dense_weight(parameters[name], [candidate.view for candidate in mine])
-        weight.observer = functools.partial(sums.observe, mine)
+        weight.observer = functools.partial(observe, mine)
         rewrite.install(twin, name, weight)
     return twin
-
-
-def _mask(inputs: Inputs) -> Tensor | None:
-    mask = inputs.kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None

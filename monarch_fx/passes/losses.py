@@ -1,10 +1,12 @@
-"""A model's output -> the gradient of a loss there, whose second moments tell what the model's outputs feel."""
+"""A model's output -> the gradient of a loss there, or its distance from another model's output."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -14,6 +16,54 @@ OUTPUT_ERROR = "half the relative squared error of its output"
 
 class NotDifferentiableError(RuntimeError):
     """The output has no tensor that gradients could start from."""
+
+
+def main_tensor(output: Any) -> tuple[Tensor, bool]:
+    """What a loss is taken of, and whether it is logits: ``output.logits``, or the first floating-point tensor.
+
+    Raises:
+        NotDifferentiableError: The output has none.
+    """
+    logits = getattr(output, "logits", None)
+    if isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.shape[-1] > 1:
+        return logits, True
+    floats = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    if not floats:
+        raise NotDifferentiableError(f"its output, a {type(output).__name__}, has no floating-point tensor")
+    return floats[0], False
+
+
+def distance(output: Any, wanted: Any, mask: Tensor | None) -> Tensor:
+    """How far an output is from another model's, a token: the divergence of its logits from those wanted, or half the
+    relative squared error of its first floating-point tensor; differentiable in ``output``.
+
+    Raises:
+        NotDifferentiableError: An output has no floating-point tensor.
+    """
+    (tensor, categorical), (target, _) = main_tensor(output), main_tensor(wanted)
+    rows, targets = (counted(t, mask).float() for t in (tensor, target.detach()))
+    if categorical:
+        return F.kl_div(rows.log_softmax(-1), targets.log_softmax(-1), reduction="batchmean", log_target=True)
+    return relative_error(rows, targets) / 2
+
+
+def relative_error(rows: Tensor, wanted: Tensor) -> Tensor:
+    """``||y - t||^2 / ||t - mean t||^2`` over rows (tokens, features)."""
+    spread = (wanted - wanted.mean(0)).square().sum() if len(wanted) > 1 else wanted.square().sum()
+    return (rows - wanted).square().sum() / spread.clamp_min(torch.finfo(wanted.dtype).tiny)
+
+
+def counted(x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows (tokens, features) that count; ``mask`` (batch, tokens) is False for those that don't."""
+    if mask is not None and x.shape[:-1] == mask.shape:
+        x = x[mask]
+    return x.reshape(-1, x.shape[-1])
+
+
+def attention_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The mask (batch, tokens) among keyword arguments of a model."""
+    mask = kwargs.get("attention_mask")
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def loss_gradient(output: Any, mask: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Tensor, str]:
@@ -36,25 +86,17 @@ def loss_gradient(output: Any, mask: Tensor | None, draw: torch.Generator) -> tu
     Raises:
         NotDifferentiableError: The output has no floating-point tensor, or it doesn't depend on any product.
     """
-    logits = getattr(output, "logits", None)
-    categorical = isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.shape[-1] > 1
-    floats = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
-    if categorical and isinstance(logits, Tensor):
-        tensor = logits
-    elif floats:
-        tensor = floats[0]
-    else:
-        raise NotDifferentiableError(f"its output, a {type(output).__name__}, has no floating-point tensor")
+    tensor, categorical = main_tensor(output)
     if not tensor.requires_grad:
         raise NotDifferentiableError("its output doesn't depend on any product in a differentiable way")
     values = tensor.detach().float()
     rows = values.reshape(-1, values.shape[-1])
-    counted = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    counts = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     if mask is not None and mask.shape == tensor.shape[:-1]:
-        counted = mask.reshape(-1)
+        counts = mask.reshape(-1)
     gradient = torch.zeros_like(rows)
     make = _cross_entropy if categorical else _output_error
-    gradient[counted] = make(rows[counted], draw)
+    gradient[counts] = make(rows[counts], draw)
     return tensor, gradient.view_as(tensor).to(tensor.dtype), CROSS_ENTROPY if categorical else OUTPUT_ERROR
 
 

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from monarch_fx.records import Candidate, Decision, Declined, Plan, Report, TrainingSummary
+    from monarch_fx.records import Candidate, Decision, Declined, Plan, Recovery, Report, TrainingSummary
 
 WIDTH = 120
 _SHORTEST_NAME = 20
@@ -42,6 +42,7 @@ def report_table(report: Report) -> str:
         ("done", f"{len(done)} of {len(plan.rewritten)} planned products {how} in {report.seconds:.1f} s"),
         ("parameters", f"{report.params_before:,} -> {report.params_after:,}"),
         *(() if report.loss is None else (("loss as made", f"+{report.loss:.3g} to second order, from the factors"),)),
+        *(() if report.recovery is None else (("recovered", _recovered(report.recovery)),)),
         ("made with", ", ".join(f"{name} {version}" for name, version in report.versions)),
     ]
     return _render([_grid([*rows, *_summary(plan)]), *_products(plan, done, undone)])
@@ -58,6 +59,11 @@ def training_table(summary: TrainingSummary) -> str:
     header = ("a training step", "dense", "rewritten", "ratio")
     planned = f"for {summary.device}, {summary.dtype}, {_mix(summary.tokens)} tokens"
     return _render([_table(header, shown, right=header[1:]), planned])
+
+
+def _recovered(recovery: Recovery) -> str:
+    seconds = f"{recovery.steps} steps in {recovery.seconds:.0f} s"
+    return f"distance from the teacher {recovery.before:.3g} -> {recovery.after:.3g}, {seconds}"
 
 
 def _products(plan: Plan, rewritten: Sequence[Decision], undone: Sequence[Decision]) -> list[RenderableType]:

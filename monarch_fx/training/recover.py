@@ -1,0 +1,301 @@
+"""A rewritten model and its dense teacher -> the rewritten model, nearer to the teacher: its factors are distilled.
+
+No labels are needed. First every product is fitted by itself to what the teacher's product gives, on the inputs that
+the rewritten model feeds it; then all factors together to the teacher's outputs. Learning rates are relative to the
+size of each factor, so that one rate serves all layers and models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import os
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from monarch_fx import api
+from monarch_fx.errors import ConfigError, PlanMismatchError
+from monarch_fx.layers import MonarchWeight
+from monarch_fx.layers.match import Match
+from monarch_fx.passes import checks, rewrite
+from monarch_fx.passes.calibrate import observed
+from monarch_fx.passes.inputs import Inputs, user_inputs
+from monarch_fx.passes.losses import attention_mask, counted, distance, relative_error
+from monarch_fx.records import Candidate, Recovery
+
+LAYERWISE = 0.25  # of the run
+WARM_UP = 0.05  # of each of its two stages
+HELD_OUT = 0.1  # of the batches
+LOOKS = 8  # at the held-out batches
+SAVED_EVERY_S = 60.0
+
+
+def recover(
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    lr: float = 3e-3,
+    checkpoint: str | os.PathLike[str] | None = None,
+) -> nn.Module:
+    """Distils the dense model into the factors of the rewritten one, in place; nothing else of it is trained.
+
+    A tenth of the batches, at least one, is held out, and the factors that came nearest to the teacher on them are
+    kept: those that ``model`` came with, where training makes nothing better. So it is after an interruption, too.
+
+    Args:
+        model: What ``monarchify`` returned. It is run in eval mode.
+        teacher: The dense model that it was made from, or another of the same architecture; it is left as it was.
+        batches: Real inputs, each in one of the forms of ``example_inputs``; two or more, which are kept in memory.
+            Tokens that an ``attention_mask`` of a batch hides don't count.
+        minutes: How long to train, ...
+        steps: ... or how many steps of one batch each. A quarter of either goes to single products.
+        lr: Adam's learning rate, relative to the root mean square of each factor.
+        checkpoint: A file to go on from where it exists; it is written every minute, and at the end.
+
+    Returns:
+        ``model``; ``report(model).recovery`` says how near it came.
+
+    Raises:
+        MonarchError: ``model`` was not made by ``monarchify``.
+        ConfigError: Not exactly one of ``minutes`` and ``steps`` is given, a value has no meaning, there are too few
+            batches, or the checkpoint is that of another model.
+        PlanMismatchError: ``teacher`` is of another architecture.
+        ExampleInputsError: A batch doesn't fit the model's forward.
+    """
+    report = api.report(model)
+    _check_arguments(minutes, steps, lr)
+    if checks.fingerprint(teacher) != report.plan.fingerprint:
+        raise PlanMismatchError(
+            f"The teacher, a {type(teacher).__name__}, has another architecture than the model that this "
+            f"{type(model).__name__} was made from: names, shapes or ties of parameters differ."
+        )
+    device = next(model.parameters()).device
+    inputs = [user_inputs(model, batch).on(device) for batch in batches]
+    if len(inputs) < 2:
+        raise ConfigError(f"recover needs two batches or more, of which one is held out; got {len(inputs)}.")
+    run = _Run(_Pair(model, teacher), inputs, steps, minutes, lr)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists():
+        run.load(path)
+    modes = {module: module.training for module in model.modules()}
+    wanted = {p: p.requires_grad for p in model.parameters()}
+    model.eval().requires_grad_(False)
+    for factor in run.pair.factors.values():
+        factor.requires_grad_(True)
+    try:
+        run.train(path)
+    finally:
+        run.finish(path)
+        for p, requires_grad in wanted.items():
+            p.requires_grad_(requires_grad)
+            p.grad = None
+        for module, training in modes.items():
+            module.training = training
+        api.note(model, dataclasses.replace(report, recovery=run.recovery()))
+    return model
+
+
+class _Pair:
+    """The rewritten model and its teacher on the same inputs."""
+
+    def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
+        self.model = model
+        self.jobs = rewrite.by_parameter(api.report(model).plan)
+        self.weights = {name: cast(MonarchWeight, model.get_submodule(name)) for name in self.jobs}
+        self.factors = {
+            f"{name}.{key}": factor
+            for name, weight in self.weights.items()
+            for key, factor in weight.named_parameters()
+            if key[0] in "RL"
+        }
+        candidates = [d.candidate for decisions in self.jobs.values() for d in decisions]
+        self.teacher = observed(teacher, candidates, self._hear).eval().requires_grad_(False)
+        self._heard: dict[Any, list[Tensor]] | None = None
+        self._errors: list[Tensor] = []
+        self._mask: Tensor | None = None
+
+    def distance(self, inputs: Inputs) -> Tensor:
+        """Of the outputs."""
+        with torch.no_grad():
+            wanted = self.teacher(*inputs.args, **inputs.kwargs)
+        return distance(self.model(*inputs.args, **inputs.kwargs), wanted, attention_mask(inputs.kwargs))
+
+    def layerwise(self, inputs: Inputs) -> Tensor:
+        """Sum of the relative squared errors of the products' outputs; each depends on its own factors alone."""
+        self._heard, self._errors, self._mask = defaultdict(list), [], attention_mask(inputs.kwargs)
+        for name, decisions in self.jobs.items():
+            mine = [decision.candidate for decision in decisions]
+            self.weights[name].observer = functools.partial(self._compare, mine)
+        try:
+            with torch.no_grad():
+                self.teacher(*inputs.args, **inputs.kwargs)
+            self.model(*inputs.args, **inputs.kwargs)
+            return torch.stack(self._errors).sum()
+        finally:
+            self._heard = None
+            for weight in self.weights.values():
+                weight.observer = None
+
+    def _hear(self, candidates: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
+        if self._heard is not None:
+            self._heard[candidates[match.piece].name, str(match)].append(counted(y, self._mask))
+        return y
+
+    def _compare(self, candidates: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
+        assert self._heard is not None
+        wanted = self._heard[candidates[match.piece].name, str(match)].pop(0)
+        if y.requires_grad and wanted.numel():
+            self._errors.append(relative_error(counted(y, self._mask).float(), wanted.float()))
+        return y.detach()
+
+
+class _Run:
+    """Steps, learning rates, the best factors, and what a checkpoint holds."""
+
+    def __init__(self, pair: _Pair, inputs: list[Inputs], steps: int | None, minutes: float | None, lr: float) -> None:
+        self.pair, self.lr = pair, lr
+        self.most_steps, self.most_seconds = steps, None if minutes is None else 60 * minutes
+        some = max(1, round(HELD_OUT * len(inputs)))
+        self.held_out, self.inputs = inputs[:some], inputs[some:]
+        self.step, self.earlier, self.started = 0, 0.0, time.perf_counter()
+        # half-precision factors would round small steps away
+        self.wide = {name: _wide(factor) for name, factor in pair.factors.items()}
+        self.sizes = {name: float(f.detach().float().square().mean().sqrt()) for name, f in pair.factors.items()}
+        self.stage, self.looked = "", 0
+        self.before = self.nearest = math.nan
+        self.best: dict[str, Tensor] = {}
+        self.optimizer = self._optimizer()
+
+    def train(self, path: Path | None) -> None:
+        if not self.best:
+            self._look()
+            self.before = self.nearest
+        saved = time.perf_counter()
+        with tqdm(total=100, desc="recover", unit="%", leave=False) as bar:
+            while (at := self._progress()) < 1:
+                bar.update(int(100 * at) - bar.n)
+                bar.set_postfix(distance=f"{self.nearest:.3g}", steps=self.step)
+                if at * LOOKS >= self.looked + 1:
+                    self.looked = int(at * LOOKS)
+                    self._look()
+                self._step(at)
+                if path is not None and time.perf_counter() - saved > SAVED_EVERY_S:
+                    self.save(path)
+                    saved = time.perf_counter()
+
+    def _step(self, at: float) -> None:
+        stage, through = (
+            ("layerwise", at / LAYERWISE) if at < LAYERWISE else ("whole", (at - LAYERWISE) / (1 - LAYERWISE))
+        )
+        if stage != self.stage:
+            self.stage, self.optimizer = stage, self._optimizer()  # another loss, other moments
+        inputs = self._batch()
+        loss = self.pair.layerwise(inputs) if stage == "layerwise" else self.pair.distance(inputs)
+        loss.backward()
+        rate = self.lr * min(1.0, through / WARM_UP) * (1 + math.cos(math.pi * through)) / 2
+        for group, (name, factor) in zip(self.optimizer.param_groups, self.pair.factors.items(), strict=True):
+            group["lr"] = rate * self.sizes[name]
+            wide = self.wide[name]
+            if wide is not factor:
+                wide.grad = None if factor.grad is None else factor.grad.to(wide.dtype)
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, factor in self.pair.factors.items():
+                factor.grad = self.wide[name].grad = None
+                if self.wide[name] is not factor:
+                    factor.copy_(self.wide[name])
+        self.step += 1
+
+    def finish(self, path: Path | None) -> None:
+        """Keeps the best factors."""
+        if self.best:
+            self._look()
+            with torch.no_grad():
+                for name, value in self.best.items():
+                    self.pair.factors[name].copy_(value)
+            if path is not None:
+                self.save(path)
+
+    def recovery(self) -> Recovery:
+        return Recovery(self.before, self.nearest, self.step, self._seconds())
+
+    def save(self, path: Path) -> None:
+        state = {name: getattr(self, name) for name in _SAVED}
+        state |= {"seconds": self._seconds(), "optimizer": self.optimizer.state_dict()}
+        state["wide"] = {name: value.detach() for name, value in self.wide.items()}
+        unfinished = path.with_name(f"{path.name}.unfinished")
+        torch.save(state, unfinished)
+        os.replace(unfinished, path)
+
+    def load(self, path: Path) -> None:
+        """Goes on where ``save`` was.
+
+        Raises:
+            ConfigError: The file is not that of a model with these factors.
+        """
+        device = next(iter(self.wide.values())).device
+        state = torch.load(path, map_location=device, weights_only=True)
+        sizes = {name: tuple(value.shape) for name, value in self.wide.items()}
+        if {name: tuple(value.shape) for name, value in state.get("wide", {}).items()} != sizes:
+            raise ConfigError(f"The checkpoint {path} is not that of a model with these factors: give another file.")
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        self.earlier = state["seconds"]
+        with torch.no_grad():
+            for name, value in state["wide"].items():
+                self.wide[name].copy_(value)
+                self.pair.factors[name].copy_(value)
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _seconds(self) -> float:
+        return self.earlier + time.perf_counter() - self.started
+
+    def _progress(self) -> float:
+        if self.most_steps is not None:
+            return self.step / self.most_steps
+        assert self.most_seconds is not None
+        return self._seconds() / self.most_seconds
+
+    def _batch(self) -> Inputs:
+        """All of them once, then again, in an order that the number of the step alone decides."""
+        epoch, index = divmod(self.step, len(self.inputs))
+        order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(epoch))
+        return self.inputs[int(order[index])]
+
+    def _look(self) -> None:
+        """Measures on the held-out batches, and remembers the factors where they are the nearest so far."""
+        with torch.no_grad():
+            found = sum(float(self.pair.distance(inputs)) for inputs in self.held_out) / len(self.held_out)
+        if not self.best or found < self.nearest:
+            self.nearest = found
+            self.best = {name: factor.detach().clone() for name, factor in self.pair.factors.items()}
+
+    def _optimizer(self) -> torch.optim.Adam:
+        return torch.optim.Adam([{"params": [wide]} for wide in self.wide.values()], betas=(0.9, 0.99))
+
+
+_SAVED = ("step", "stage", "looked", "before", "nearest", "best", "sizes")
+
+
+def _wide(factor: nn.Parameter) -> Tensor:
+    """The factor itself, or a copy in float32 of one in half precision."""
+    return factor.detach().float().clone() if factor.dtype.itemsize < 4 else factor
+
+
+def _check_arguments(minutes: float | None, steps: int | None, lr: float) -> None:
+    if (minutes is None) == (steps is None):
+        raise ConfigError(f"Give either minutes or steps, got minutes={minutes!r} and steps={steps!r}.")
+    for name, value in (("minutes", minutes), ("steps", steps), ("lr", lr)):
+        if value is not None and not value > 0:
+            raise ConfigError(f"{name} must be positive, got {value!r}.")
