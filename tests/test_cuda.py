@@ -209,15 +209,15 @@ def test_products_of_the_same_rows_together() -> None:
                 assert (y.double() - exact).norm() <= 3 * torch.finfo(torch.bfloat16).eps * exact.norm()
                 assert torch.equal(y, same)
             kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-            assert tokens > 64 or len(kernels) == 2, kernels
+            assert tokens > 64 or (kernels.count("first"), kernels.count("second")) == (1, 1), kernels
     assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("grids", [(2, 2), (4, 2), (1, 3)])
+@pytest.mark.parametrize("grids", [(2, 2), (4, 2), (16, 2)])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 def test_a_gate_in_the_same_launch(tokens: int, grids: tuple[int, int]) -> None:
     """Blocks of equal sizes, of sizes that a tile divides, and of others."""
-    layers = [mfx.MonarchLinear(384, 768, grid, 32, device="cuda", dtype=torch.bfloat16) for grid in grids]
+    layers = [mfx.MonarchLinear(384, 768, grid, 16, device="cuda", dtype=torch.bfloat16) for grid in grids]
     x = torch.randn(tokens, 384, device="cuda", dtype=torch.bfloat16)
     factors = [[layer.weight.R for layer in layers], [layer.weight.L for layer in layers]]
     biases = [layer.bias for layer in layers]

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import reference
-from monarch_fx.kernels.choice import FEW_TOKENS, is_fused
+from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, is_fused
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -104,7 +104,7 @@ def _together(
     x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None], gated: str | None
 ) -> list[Tensor]:
     """x (tokens, in_features) -> each (tokens, n_out * s); with ``gated`` one, ``gated(first product) * second``."""
-    if 0 < len(x) <= FEW_TOKENS:
+    if 0 < len(x) <= FEW_TOKENS and len(R) <= TOGETHER:
         x, R, L = _rows(x), [factor.contiguous() for factor in R], [factor.contiguous() for factor in L]
         biases = [bias if bias is None else bias.contiguous() for bias in biases]
         y = _fake_together(x, R, L, biases, gated)
