@@ -26,8 +26,9 @@ def parameter_groups(
         lr: Learning rate of everything but the factors.
         weight_decay: Of matrices and of the products of factors. Vectors (biases, norms) don't decay.
         factor_lr: What the learning rate of the factors is multiplied with. Projected and initialised factors are
-            balanced, so that Adam moves the product by about as much a step as it would a dense weight: 1 was the best
-            of those tried (docs/architecture.md).
+            balanced, so that Adam moves the product by about as much a step as it would a dense weight. Measured on a
+            small GPT-2, 4x4 blocks: at the rate that is best for the dense model 1 to 2, from scratch and after
+            projection, within 0.02 of each other's loss; after projection with a tenth of that rate, 10.
 
     Returns:
         Three groups, of matrices, of vectors and of factors, any of which may be empty; each says which in its entry
