@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,9 +15,10 @@ from monarch_fx import assess
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, resolve
 from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchError
-from monarch_fx.layers import MonarchWeight, init_factors
+from monarch_fx.factors import FactorMaker
+from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes import checks, graph, rewrite
-from monarch_fx.passes.calibrate import Calibration, Statistics
+from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.passes.calibrate import calibrate as run_calibration
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
@@ -24,7 +26,6 @@ from monarch_fx.passes.inputs import own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import OBJECTIVES, decide
-from monarch_fx.projection import output_error, project, project_on_inputs
 from monarch_fx.records import Candidate, Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
 
@@ -177,6 +178,7 @@ def monarchify(
     config: MonarchConfig | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     strict: bool = False,
+    work_dir: str | os.PathLike[str] | None = None,
 ) -> Any:
     """Replaces the matrix products of ``model`` that pay by Monarch products.
 
@@ -194,6 +196,9 @@ def monarchify(
         calibration: As for ``plan``; with a plan, too. The projection then keeps what the model's loss feels of the
             products' outputs on these inputs, and not the entries of the weights: block descent in the norms of
             E[x x^T] and E[g g^T], with g the loss gradients at the outputs.
+        work_dir: A folder in which the factors of each product are kept as soon as they are projected. Called again
+            after an interruption, projecting goes on where it was; factors of other weights, structures or calibration
+            data are known by a hash, and made anew.
 
     Returns:
         A rewritten model of the same class, independent of the argument; the argument itself with ``inplace=True``.
@@ -212,7 +217,8 @@ def monarchify(
         options = {"plan": plan, "example_inputs": example_inputs, "include": include, "exclude": exclude}
         options |= {"tokens": tokens, "workload": workload, "objective": objective, "init": init, "device": device}
         options |= {"config": config}
-        rewritten = monarchify(graph.program_module(model), budget, inplace=True, strict=strict, **options)
+        options |= {"strict": strict, "work_dir": work_dir}
+        rewritten = monarchify(graph.program_module(model), budget, inplace=True, **options)
         return graph.export_again(model, rewritten)
     model = checks.check_model(model)
     if checks.on_meta(model):
@@ -240,7 +246,8 @@ def monarchify(
     checks.check_weights(model, rewritten, values=True)
     if calibration is not None and not planned_here:  # else the plan has read the batches, which may come only once
         calibrated = _calibrated(model, rewritten, calibration)
-    return _carry_out(model, plan, init, inplace, example_inputs, calibrated)
+    maker = FactorMaker(init, {} if calibrated is None else calibrated.statistics, work_dir)
+    return _carry_out(model, plan, maker, inplace, example_inputs)
 
 
 def calibrate(
@@ -330,37 +337,29 @@ def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
     print("\n".join(listing(captured)))
 
 
-def _carry_out(
-    model: nn.Module, plan: Plan, init: str, inplace: bool, example_inputs: Any, calibrated: Calibration | None
-) -> nn.Module:
+def _carry_out(model: nn.Module, plan: Plan, maker: FactorMaker, inplace: bool, example_inputs: Any) -> nn.Module:
     """Projects every weight that the plan rewrites, and installs the factors."""
     start = time.perf_counter()
     inputs = None if example_inputs is None else user_inputs(model, example_inputs)
     before = checks.total_params(model.parameters())
     jobs = rewrite.by_parameter(plan)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    seen = {} if calibrated is None else calibrated.statistics
-    errors: dict[str, float] = {}
-    losses: dict[str, float] = {}
     weights: dict[str, MonarchWeight] = {}
 
     def finish(target: nn.Module) -> None:
         after = checks.total_params(target.parameters())
         seconds = time.perf_counter() - start
         versions = (("torch", torch.__version__),)
-        figures = tuple(errors.items()), init, before, after, seconds, versions
-        note(target, Report(plan, *figures, calibrated=bool(seen), losses=tuple(losses.items())))
+        figures = tuple(maker.errors.items()), maker.init, before, after, seconds, versions
+        calibrated, losses = bool(maker.statistics), tuple(maker.losses.items())
+        note(target, Report(plan, *figures, calibrated=calibrated, losses=losses))
 
     try:
         for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False, disable=len(jobs) < 2):
             rows = iter([d.candidate.name for d in decisions if d.shape is not None])
 
             def make(dense: torch.Tensor, shape: MonarchShape) -> Monarch:
-                row = next(rows)  # noqa: B023 (called within the iteration)
-                monarch, errors[row] = _factors(dense, shape, init, seen.get(row))
-                if row in seen and seen[row].gradients is not None:
-                    losses[row] = assess.loss(dense - monarch.to_dense(), seen[row])
-                return monarch
+                return maker.make(next(rows), dense, shape)  # noqa: B023 (called within the iteration)
 
             weight = rewrite.build_weight(parameters[name], decisions, make)
             if inplace:
@@ -381,21 +380,6 @@ def _carry_out(
         graph.expose(target, inputs)
     finish(target)
     return target
-
-
-def _factors(dense: torch.Tensor, shape: MonarchShape, init: str, seen: Statistics | None) -> tuple[Monarch, float]:
-    """The structure of a dense weight (batch?, out, in), and its relative error: of outputs where it was calibrated."""
-    if seen is not None:
-        monarch = project_on_inputs(dense, shape, seen.inputs, seen.gradients)
-        return monarch, output_error(dense, monarch, seen.inputs)
-    if init == "random":
-        monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
-        init_factors(monarch, float(dense.float().square().mean().sqrt()))
-        return monarch, float("nan")
-    monarch = project(dense, shape)
-    wide = torch.promote_types(dense.dtype, torch.float32)
-    difference = monarch.to_dense().to(wide) - dense.to(wide)
-    return monarch, float(difference.norm() / dense.to(wide).norm().clamp_min(torch.finfo(wide).tiny))
 
 
 def _calibrated(model: nn.Module, candidates: list[Candidate], data: Calibration | Iterable[Any]) -> Calibration:

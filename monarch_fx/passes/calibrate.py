@@ -9,12 +9,15 @@ Both come from one pass, forward and backward. ``losses.py`` says what the loss 
 from __future__ import annotations
 
 import functools
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -27,6 +30,7 @@ from monarch_fx.records import Candidate
 
 Observe = Callable[[Sequence[Candidate], Match, Tensor, Tensor], Tensor]
 
+FORMAT = "calibration 1"
 ROWS_AT_ONCE = 4096  # added up in float32, then in float64
 
 
@@ -57,6 +61,40 @@ class Calibration:
     statistics: Mapping[str, Statistics]
     loss: str | None
     fingerprint: str
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file, which ``Calibration.load`` reads."""
+        tensors = {}
+        for name, seen in self.statistics.items():
+            tensors[f"{name}.inputs"] = seen.inputs.contiguous()
+            if seen.gradients is not None:
+                tensors[f"{name}.gradients"] = seen.gradients.contiguous()
+        unfinished = f"{os.fspath(path)}.unfinished"
+        known = {"loss": self.loss or "", "fingerprint": self.fingerprint}
+        save_file(tensors, unfinished, metadata={"monarch_fx": FORMAT, **known})
+        os.replace(unfinished, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Calibration:
+        """Reads what ``save`` wrote, on the CPU.
+
+        Raises:
+            ConfigError: The file is no calibration as ``save`` writes it.
+        """
+        try:
+            with safe_open(path, "pt") as stored:
+                known = stored.metadata() or {}
+                tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
+        except SafetensorError as error:
+            raise ConfigError(f"{os.fspath(path)!r} is not a calibration as Calibration.save() writes it.") from error
+        if known.get("monarch_fx") != FORMAT:
+            raise ConfigError(
+                f"{os.fspath(path)!r} is not a calibration as this Calibration.save() writes it ({FORMAT}): it says "
+                f"{known.get('monarch_fx')!r}."
+            )
+        names = [key.removesuffix(".inputs") for key in tensors if key.endswith(".inputs")]
+        seen = {name: Statistics(tensors[f"{name}.inputs"], tensors.get(f"{name}.gradients")) for name in sorted(names)}
+        return Calibration(seen, known["loss"] or None, known["fingerprint"])
 
 
 @dataclass

@@ -1,0 +1,107 @@
+"""Dense weights -> their factors and errors, out of a work directory where an interrupted run has left them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from monarch_fx import assess
+from monarch_fx.errors import ConfigError
+from monarch_fx.layers import init_factors
+from monarch_fx.passes.calibrate import Statistics
+from monarch_fx.projection import output_error, project, project_on_inputs
+from monarch_fx.structure import Monarch, MonarchShape
+
+
+class FactorMaker:
+    """Makes factors one product after the other, and keeps what they cost.
+
+    Args:
+        init: ``"project"`` or ``"random"``.
+        statistics: What calibration data tell, by product.
+        work_dir: Where projected factors are kept; None: nowhere.
+
+    Raises:
+        ConfigError: ``work_dir`` is a file.
+    """
+
+    def __init__(
+        self, init: str, statistics: Mapping[str, Statistics], work_dir: str | os.PathLike[str] | None
+    ) -> None:
+        self.init, self.statistics = init, statistics
+        self.errors: dict[str, float] = {}
+        self.losses: dict[str, float] = {}
+        self.folder = None if work_dir is None else Path(work_dir)
+        if self.folder is not None:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except FileExistsError as error:
+                raise ConfigError(f"work_dir={str(work_dir)!r} is a file: give a folder.") from error
+
+    def make(self, name: str, dense: Tensor, shape: MonarchShape) -> Monarch:
+        """The structure of a dense weight (B?, out, in)."""
+        seen = self.statistics.get(name)
+        if self.init == "random":
+            monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
+            init_factors(monarch, float(dense.float().square().mean().sqrt()))
+            self.errors[name] = float("nan")
+            return monarch
+        monarch = self._projected(name, dense, shape, seen)
+        if seen is not None:
+            self.errors[name] = output_error(dense, monarch, seen.inputs)
+        else:
+            wide = torch.promote_types(dense.dtype, torch.float32)
+            wrong, norm = monarch.to_dense().to(wide) - dense.to(wide), dense.to(wide).norm()
+            self.errors[name] = float(wrong.norm() / norm.clamp_min(torch.finfo(wide).tiny))
+        if seen is not None and seen.gradients is not None:
+            self.losses[name] = assess.loss(dense - monarch.to_dense(), seen)
+        return monarch
+
+    def _projected(self, name: str, dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:
+        if self.folder is None:
+            return _project(dense, shape, seen)
+        file = self.folder / (re.sub(r"[^\w.-]", "_", name) + ".safetensors")
+        key = _key(dense, shape, seen)
+        monarch = _read(file, key, shape, dense.device)
+        if monarch is None:
+            monarch = _project(dense, shape, seen)
+            unfinished = file.with_suffix(".unfinished")
+            save_file({"R": monarch.R, "L": monarch.L}, unfinished, metadata={"key": key})
+            os.replace(unfinished, file)
+        return monarch
+
+
+def _project(dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:
+    if seen is None:
+        return project(dense, shape)
+    return project_on_inputs(dense, shape, seen.inputs, seen.gradients)
+
+
+def _read(file: Path, key: str, shape: MonarchShape, device: torch.device) -> Monarch | None:
+    """The factors in a file; None where there is none, or not one of this key."""
+    with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(file, "pt", device=str(device)) as stored:
+        if (stored.metadata() or {}).get("key") == key:
+            R, L = stored.get_tensor("R"), stored.get_tensor("L")
+            return Monarch(R, L, in_features=shape.in_features, out_features=shape.out_features)
+    return None
+
+
+def _key(dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> str:
+    """A hash of all that factors follow from: the weight, the structure, the statistics, this library's projections."""
+    digest = hashlib.sha256()
+    for source in sorted((Path(__file__).parent / "projection").glob("*.py")):
+        digest.update(source.read_bytes())
+    digest.update(repr((shape, dense.dtype, tuple(dense.shape))).encode())
+    parts = [dense] if seen is None else [dense, seen.inputs, *([] if seen.gradients is None else [seen.gradients])]
+    for part in parts:
+        digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
