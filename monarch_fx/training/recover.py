@@ -8,14 +8,12 @@ size of each factor, so that one rate serves all layers and models.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import os
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +21,16 @@ from tqdm.auto import tqdm
 
 from monarch_fx import api
 from monarch_fx.errors import ConfigError, PlanMismatchError
-from monarch_fx.layers import MonarchWeight
-from monarch_fx.layers.match import Match
-from monarch_fx.passes import checks, rewrite
-from monarch_fx.passes.calibrate import observed
+from monarch_fx.passes import checks
 from monarch_fx.passes.inputs import Inputs, user_inputs
 from monarch_fx.passes.losses import attention_mask, counted, distance, relative_error
+from monarch_fx.passes.pair import Pair
 from monarch_fx.records import Candidate, Recovery
 
 LAYERWISE = 0.25  # of the run
 WARM_UP = 0.05  # of each of its two stages
-HELD_OUT = 0.1  # of the batches
-LOOKS = 8  # at the held-out batches
+HELD_OUT, MOST_HELD_OUT = 0.1, 8  # of the batches
+LOOKS = 4  # at the held-out batches
 SAVED_EVERY_S = 60.0
 
 
@@ -50,8 +46,8 @@ def recover(
 ) -> nn.Module:
     """Distils the dense model into the factors of the rewritten one, in place; nothing else of it is trained.
 
-    A tenth of the batches, at least one, is held out, and the factors that came nearest to the teacher on them are
-    kept: those that ``model`` came with, where training makes nothing better. So it is after an interruption, too.
+    A tenth of the batches, one to eight of them, is held out, and the factors that came nearest to the teacher there
+    are kept: those that ``model`` came with, where training makes nothing better. So it is after an interruption, too.
 
     Args:
         model: What ``monarchify`` returned. It is run in eval mode.
@@ -84,14 +80,14 @@ def recover(
     inputs = [user_inputs(model, batch).on(device) for batch in batches]
     if len(inputs) < 2:
         raise ConfigError(f"recover needs two batches or more, of which one is held out; got {len(inputs)}.")
-    run = _Run(_Pair(model, teacher), inputs, steps, minutes, lr)
+    run = _Run(_Distances(model, teacher), inputs, steps, minutes, lr)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.load(path)
     modes = {module: module.training for module in model.modules()}
     wanted = {p: p.requires_grad for p in model.parameters()}
     model.eval().requires_grad_(False)
-    for factor in run.pair.factors.values():
+    for factor in run.factors.values():
         factor.requires_grad_(True)
     try:
         run.train(path)
@@ -106,72 +102,50 @@ def recover(
     return model
 
 
-class _Pair:
-    """The rewritten model and its teacher on the same inputs."""
+class _Distances:
+    """How far the rewritten model is from its teacher on a batch, by outputs and product by product."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
-        self.model = model
-        self.jobs = rewrite.by_parameter(api.report(model).plan)
-        self.weights = {name: cast(MonarchWeight, model.get_submodule(name)) for name in self.jobs}
+        self.pair = Pair(model, teacher, api.report(model).plan)
         self.factors = {
             f"{name}.{key}": factor
-            for name, weight in self.weights.items()
+            for name, weight in self.pair.weights.items()
             for key, factor in weight.named_parameters()
             if key[0] in "RL"
         }
-        candidates = [d.candidate for decisions in self.jobs.values() for d in decisions]
-        self.teacher = observed(teacher, candidates, self._hear).eval().requires_grad_(False)
-        self._heard: dict[Any, list[Tensor]] | None = None
-        self._errors: list[Tensor] = []
-        self._mask: Tensor | None = None
 
-    def distance(self, inputs: Inputs) -> Tensor:
-        """Of the outputs."""
+    def of_outputs(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
-            wanted = self.teacher(*inputs.args, **inputs.kwargs)
-        return distance(self.model(*inputs.args, **inputs.kwargs), wanted, attention_mask(inputs.kwargs))
+            wanted = self.pair.teacher(*inputs.args, **inputs.kwargs)
+        return distance(self.pair.model(*inputs.args, **inputs.kwargs), wanted, attention_mask(inputs.kwargs))
 
-    def layerwise(self, inputs: Inputs) -> Tensor:
+    def of_products(self, inputs: Inputs) -> Tensor:
         """Sum of the relative squared errors of the products' outputs; each depends on its own factors alone."""
-        self._heard, self._errors, self._mask = defaultdict(list), [], attention_mask(inputs.kwargs)
-        for name, decisions in self.jobs.items():
-            mine = [decision.candidate for decision in decisions]
-            self.weights[name].observer = functools.partial(self._compare, mine)
-        try:
-            with torch.no_grad():
-                self.teacher(*inputs.args, **inputs.kwargs)
-            self.model(*inputs.args, **inputs.kwargs)
-            return torch.stack(self._errors).sum()
-        finally:
-            self._heard = None
-            for weight in self.weights.values():
-                weight.observer = None
+        mask, errors = attention_mask(inputs.kwargs), []
 
-    def _hear(self, candidates: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
-        if self._heard is not None:
-            self._heard[candidates[match.piece].name, str(match)].append(counted(y, self._mask))
-        return y
+        def compare(candidate: Candidate, dense_x: Tensor, dense_y: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            if y.requires_grad and y.numel():
+                errors.append(relative_error(counted(y, mask).float(), counted(dense_y, mask).float()))
+            return y.detach()
 
-    def _compare(self, candidates: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
-        assert self._heard is not None
-        wanted = self._heard[candidates[match.piece].name, str(match)].pop(0)
-        if y.requires_grad and wanted.numel():
-            self._errors.append(relative_error(counted(y, self._mask).float(), wanted.float()))
-        return y.detach()
+        self.pair.run(inputs, compare)
+        return torch.stack(errors).sum()
 
 
 class _Run:
     """Steps, learning rates, the best factors, and what a checkpoint holds."""
 
-    def __init__(self, pair: _Pair, inputs: list[Inputs], steps: int | None, minutes: float | None, lr: float) -> None:
-        self.pair, self.lr = pair, lr
+    def __init__(
+        self, distances: _Distances, inputs: list[Inputs], steps: int | None, minutes: float | None, lr: float
+    ) -> None:
+        self.distances, self.factors, self.lr = distances, distances.factors, lr
         self.most_steps, self.most_seconds = steps, None if minutes is None else 60 * minutes
-        some = max(1, round(HELD_OUT * len(inputs)))
+        some = min(max(1, round(HELD_OUT * len(inputs))), MOST_HELD_OUT)
         self.held_out, self.inputs = inputs[:some], inputs[some:]
         self.step, self.earlier, self.started = 0, 0.0, time.perf_counter()
         # half-precision factors would round small steps away
-        self.wide = {name: _wide(factor) for name, factor in pair.factors.items()}
-        self.sizes = {name: float(f.detach().float().square().mean().sqrt()) for name, f in pair.factors.items()}
+        self.wide = {name: _wide(factor) for name, factor in self.factors.items()}
+        self.sizes = {name: float(f.detach().float().square().mean().sqrt()) for name, f in self.factors.items()}
         self.stage, self.looked = "", 0
         self.before = self.nearest = math.nan
         self.best: dict[str, Tensor] = {}
@@ -201,17 +175,17 @@ class _Run:
         if stage != self.stage:
             self.stage, self.optimizer = stage, self._optimizer()  # another loss, other moments
         inputs = self._batch()
-        loss = self.pair.layerwise(inputs) if stage == "layerwise" else self.pair.distance(inputs)
+        loss = self.distances.of_products(inputs) if stage == "layerwise" else self.distances.of_outputs(inputs)
         loss.backward()
         rate = self.lr * min(1.0, through / WARM_UP) * (1 + math.cos(math.pi * through)) / 2
-        for group, (name, factor) in zip(self.optimizer.param_groups, self.pair.factors.items(), strict=True):
+        for group, (name, factor) in zip(self.optimizer.param_groups, self.factors.items(), strict=True):
             group["lr"] = rate * self.sizes[name]
             wide = self.wide[name]
             if wide is not factor:
                 wide.grad = None if factor.grad is None else factor.grad.to(wide.dtype)
         self.optimizer.step()
         with torch.no_grad():
-            for name, factor in self.pair.factors.items():
+            for name, factor in self.factors.items():
                 factor.grad = self.wide[name].grad = None
                 if self.wide[name] is not factor:
                     factor.copy_(self.wide[name])
@@ -223,7 +197,7 @@ class _Run:
             self._look()
             with torch.no_grad():
                 for name, value in self.best.items():
-                    self.pair.factors[name].copy_(value)
+                    self.factors[name].copy_(value)
             if path is not None:
                 self.save(path)
 
@@ -255,7 +229,7 @@ class _Run:
         with torch.no_grad():
             for name, value in state["wide"].items():
                 self.wide[name].copy_(value)
-                self.pair.factors[name].copy_(value)
+                self.factors[name].copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _seconds(self) -> float:
@@ -276,10 +250,10 @@ class _Run:
     def _look(self) -> None:
         """Measures on the held-out batches, and remembers the factors where they are the nearest so far."""
         with torch.no_grad():
-            found = sum(float(self.pair.distance(inputs)) for inputs in self.held_out) / len(self.held_out)
+            found = sum(float(self.distances.of_outputs(inputs)) for inputs in self.held_out) / len(self.held_out)
         if not self.best or found < self.nearest:
             self.nearest = found
-            self.best = {name: factor.detach().clone() for name, factor in self.pair.factors.items()}
+            self.best = {name: factor.detach().clone() for name, factor in self.factors.items()}
 
     def _optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam([{"params": [wide]} for wide in self.wide.values()], betas=(0.9, 0.99))
