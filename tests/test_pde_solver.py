@@ -1,4 +1,4 @@
-"""The examples' solver against exact solutions, and its order."""
+"""The examples' solver against exact solutions, its order, and the start of the neural operators."""
 
 import math
 from collections.abc import Callable
@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from examples.pde import SMALL, NeuralOperator, Problem
 from examples.solver import burgers, navier_stokes, random_fields
 
 
@@ -61,3 +62,13 @@ def test_fields_have_the_spectrum_asked_for() -> None:
     energy = torch.fft.fft(fields).abs().square().mean(0) / 16**2
     # Means of 20,000 squares, of one or two normal numbers, are known to 1 %; 5 deviations.
     torch.testing.assert_close(energy, 9 * (k.square() + 16) ** -1.5, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("problem", SMALL, ids=lambda problem: problem.name)
+def test_both_operators_start_with_the_same_outputs(problem: Problem) -> None:
+    x = torch.randn(2, 1, *problem.shape)
+    outputs = []
+    for learned in (False, True):
+        torch.manual_seed(0)
+        outputs.append(NeuralOperator(problem, learned)(x))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-4 * float(outputs[0].abs().max().detach()))  # float32
