@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 import monarch_fx as mfx
 
 INTERVALS = 60  # of a run, for each of which the mean loss and the time are written down
-EVALUATIONS = 12  # of a run, each followed by a checkpoint
 
 Figures = dict[str, float]
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -55,6 +54,7 @@ class Settings:
         lr: Peak learning rate of AdamW; linear warm-up over ``warmup`` of the steps, then a cosine to a tenth.
         weight_decay: Decoupled, on matrices, and on the products of factors.
         full: Compiled, under bfloat16 autocast.
+        evaluations: Parts of the run that end with an evaluation and a checkpoint.
         densify_at: Step before which the factors are multiplied out; None: never.
     """
 
@@ -66,6 +66,7 @@ class Settings:
     warmup: float = 0.1
     clip: float = 1.0
     full: bool = False
+    evaluations: int = 12
     densify_at: int | None = None
 
     def until(self, densify_at: int | None) -> Settings:
@@ -187,7 +188,7 @@ def train(
                 curve.step_s.append(spent_s / since)
             bar.set_postfix(loss=f"{mean:.3f}")
             total, since, spent_s, compiled, clock = torch.zeros_like(total), 0, 0.0, True, _now(device)
-        if settings.ends(done, EVALUATIONS):
+        if settings.ends(done, settings.evaluations):
             spent_s += _now(device) - clock
             if evaluate is not None:
                 _write_down(curve, done, _evaluated(run, evaluate, settings))
