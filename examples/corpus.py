@@ -41,8 +41,12 @@ def load_corpus(file: Path | None, vocabulary: int) -> Corpus:
         file: Plain text; None for the articles of the package gensim.
     """
     text = "\n".join(line for article in wikipedia_articles() for line in article) if file is None else file.read_text()
-    cut = round((1 - TEST_SHARE) * len(text))
+    lines = text.splitlines(keepends=True)
+    cut = round((1 - TEST_SHARE) * len(lines))
     tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(text[:cut].splitlines(), vocabulary, show_progress=False)
-    train, test = (torch.tensor(tokenizer.encode(part).ids) for part in (text[:cut], text[cut:]))
-    return Corpus(train, test, tokenizer.get_vocab_size())
+    tokenizer.train_from_iterator(lines[:cut], vocabulary, show_progress=False)
+
+    def ids(part: list[str]) -> Tensor:
+        return torch.tensor([number for line in tokenizer.encode_batch(part) for number in line.ids])
+
+    return Corpus(ids(lines[:cut]), ids(lines[cut:]), tokenizer.get_vocab_size())

@@ -44,7 +44,7 @@ class Size:
 
 
 SMALL = Size(1024, 64, 256, 3, 4, 8, 200, 1e-3, 20)
-FULL = Size(8192, 1024, 768, 12, 12, 16, 1500, 6e-4, 10)  # GPT-2 small
+FULL = Size(8192, 1024, 768, 12, 12, 16, 1200, 6e-4, 10)  # GPT-2 small
 
 
 def main() -> int:

@@ -55,7 +55,7 @@ class Size:
 
 
 SMALL = Size(1024, 64, 256, 3, 4, 8, 250, 1e-3, 20)
-FULL = Size(8192, 512, 1024, 24, 16, 32, 1000, 2e-4, 8)  # BERT-large
+FULL = Size(8192, 512, 768, 12, 12, 32, 1500, 3e-4, 8)  # BERT-base
 
 
 def main() -> int:

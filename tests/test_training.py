@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from zoo import HALF_GRID
 
 import monarch_fx as mfx
+from examples import training
 from monarch_fx import errors
 
 # (in, out, nblocks_out, nblocks_in, rank): square, ragged, tall and wide, rank one, ranks beyond a block's
@@ -259,3 +261,38 @@ def test_summary_counts_forward_and_both_gradients() -> None:
 def test_a_model_that_was_not_rewritten_has_no_summary() -> None:
     with pytest.raises(errors.MonarchError, match="no report"):
         mfx.training_summary(zoo.mlp())
+
+
+@pytest.mark.parametrize("stopped", [14, 35])
+def test_a_stopped_example_goes_on_as_if_it_had_not_been(tmp_path: Path, stopped: int) -> None:
+    """Before and after its weights become dense, with dropout."""
+
+    class Stop(Exception):  # noqa: N818
+        pass
+
+    rows, targets = torch.randn(100, 64), torch.randint(8, (100,))
+    start = nn.Sequential(nn.Linear(64, 64), nn.Dropout(0.1), nn.GELU(), nn.Linear(64, 8))
+    start = mfx.monarchify(start, config=HALF_GRID, init="random", example_inputs=rows)
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    def run(folder: str, until: int | None = None) -> tuple[nn.Module, training.Curve]:
+        def batch(step: int) -> tuple[Tensor, Tensor]:
+            if step == until:
+                raise Stop
+            picked = training.picks(100, 16, step, seed=0)
+            return rows[picked], targets[picked]
+
+        model = copy.deepcopy(start)
+        settings = training.Settings(tmp_path / folder, steps=48, lr=1e-2, densify_at=30)
+        curve = training.train("run", model, loss, batch, settings, lambda m: {"loss": loss(m, (rows, targets)).item()})
+        return model, curve
+
+    model, curve = run("whole")
+    with pytest.raises(Stop):
+        run("stopped", until=stopped)
+    again, found = run("stopped")
+    assert (found.figures, found.evaluated, found.densified) == (curve.figures, curve.evaluated, 30)
+    for a, b in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
