@@ -17,8 +17,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
 import numpy as np
 import scipy.fft
 import scipy.linalg
@@ -151,7 +149,11 @@ def text(error: float | None) -> str:
 
 def draw(path: Path, rows: Mapping[str, Errors], budgets: Mapping[str, float]) -> None:
     """Bars of errors on a logarithmic axis, a group per matrix."""
+    import matplotlib
+
     matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
     figure, axes = plt.subplots(figsize=(13, 4.5))
     width = 0.8 / len(STRUCTURES)
     for index, structure in enumerate(STRUCTURES):
