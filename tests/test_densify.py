@@ -204,6 +204,19 @@ def test_another_state_starts_again_with_a_warning(kind: type) -> None:
     step(model, optimizer, x)
 
 
+def test_complex_factors_start_again() -> None:
+    linear = mfx.MonarchLinear(8, 8, nblocks=2, dtype=torch.complex64)
+    optimizer = torch.optim.Adam(linear.parameters())
+    x = torch.randn(4, 8, dtype=torch.complex64)
+    linear(x).abs().mean().backward()
+    optimizer.step()
+    expected = linear(x)
+    with pytest.warns(errors.OptimizerStateWarning, match="factors are complex"):
+        mfx.densify(linear, optimizer)
+    torch.testing.assert_close(linear(x), expected)
+    assert linear.weight not in optimizer.state
+
+
 def test_factors_that_were_not_updated_equally_often_start_again() -> None:
     model, x = mlp(), torch.randn(8, 64)
     optimizer = torch.optim.Adam(model.parameters())

@@ -44,7 +44,8 @@ def densify(
         state: ``"transport"``: a dense weight's momentum is the smallest gradient, in Frobenius norm, that the factors'
             momenta tell of; its second moments are a fit of rank one in each block; its step count is theirs. SGD,
             Adam, AdamW, NAdam, RAdam, Lion and all others that keep no other state can be transported; where another
-            one keeps more, these weights start again, with a warning. ``"restart"``: dense weights have no state yet.
+            one keeps more, or factors are complex, these weights start again, with a warning. ``"restart"``: dense
+            weights have no state yet.
 
     Returns:
         ``model`` and ``optimizer``, the same objects.
@@ -113,7 +114,7 @@ def _transported(weights: dict[MonarchWeight, str], states: Any) -> dict[Monarch
     for weight, name in weights.items():
         parts = {key: states.get(factor, {}) for key, factor in weight.named_parameters()}
         if any(parts.values()):
-            why = _obstacle(list(parts.values()))
+            why = "their factors are complex" if weight.is_complex() else _obstacle(list(parts.values()))
             if why is None:
                 carried[weight] = _carried(weight, parts)
             else:
