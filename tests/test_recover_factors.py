@@ -94,6 +94,14 @@ def test_result_starts_a_layer() -> None:
     torch.testing.assert_close(layer.to_dense(), A, rtol=0, atol=1e-3 * float(A.abs().max()))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu() -> None:
+    A = matrix(36, 6, torch.float64).cuda()
+    found = mfx.recover_factors(A)
+    assert found.factors[0].R.device == A.device
+    assert error(found, A) < 1e-9
+
+
 def test_matrix_is_only_read_and_nothing_is_random() -> None:
     A = torch.nn.Parameter(matrix(16, 4, torch.float64))
     before, state = A.detach().clone(), torch.get_rng_state()

@@ -311,6 +311,16 @@ def test_half_precision_layer() -> None:
     assert float((y.float() - reference).norm() / reference.norm()) < 4 * torch.finfo(torch.bfloat16).eps
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gpu(transform: Transform) -> None:
+    layer = LearnedTransform(transform)
+    x = torch.randn(4, transform.in_features)
+    torch.testing.assert_close(layer.cuda()(x.cuda()).cpu(), transform(x), rtol=1e-4, atol=1e-4)
+    c = torch.randn(12, device="cuda")
+    for made in (dft(12, device="cuda"), dst(12, device="cuda"), haar(16, device="cuda"), circulant(c), acdc(c, c)):
+        assert made(torch.randn(2, made.in_features, device="cuda")).device == c.device
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -50,7 +50,8 @@ def dst(
 ) -> Monarch:
     """``scipy.fft.dst`` of composite size: one real Monarch matrix of rank 2; see ``dct``.
 
-    It is the ``dct`` with outputs in reverse and every second input negated (types 2 and 4; type 3 is a transpose).
+    It is the ``dct`` with outputs in reverse and every second input negated, type 3 with inputs in reverse and every
+    second output negated. Arguments and errors are those of ``dct``.
     """
     cosine = _cosine(n, type, norm, "dst")
     signs = 1.0 - 2 * (torch.arange(n, dtype=torch.float64) % 2)
