@@ -63,7 +63,13 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
                 self.rates.append(logs["learning_rate"])
                 self.sparse.append(is_sparse(model))
 
-    def make(at: float = SWITCH, model: nn.Module | None = None, optimizers: Any = (None, None), **options: Any) -> Any:
+    def make(
+        at: float = SWITCH,
+        model: nn.Module | None = None,
+        optimizers: Any = (None, None),
+        late: bool = False,
+        **options: Any,
+    ) -> Any:
         arguments = transformers.TrainingArguments(
             output_dir=str(tmp_path),
             max_steps=STEPS,
@@ -81,8 +87,10 @@ def trainer(tmp_path: Path) -> Callable[..., Any]:
             arguments,
             train_dataset=Sentences(),
             optimizers=optimizers,
-            callbacks=[DensifyCallback(at=at)],
+            callbacks=[] if late else [DensifyCallback(at=at)],
         )
+        if late:
+            made.add_callback(DensifyCallback(at=at))
         made.watch = Watch()
         made.add_callback(made.watch)
         return made
@@ -109,6 +117,14 @@ def test_trainer_resumes_from_both_sides_of_the_switch(trainer: Callable, tmp_pa
     assert again.watch.losses == whole.watch.losses[saved:]
     for (name, a), (_, b) in zip(whole.model.named_parameters(), again.model.named_parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_callback_that_comes_late_can_not_go_on_behind_the_switch(trainer: Callable, tmp_path: Path) -> None:
+    late = trainer(late=True, save_only_model=True)
+    late.train()
+    assert late.watch.sparse[-1] is False
+    with pytest.raises(errors.ConfigError, match="pass it to the trainer when that is made"):
+        trainer(late=True).train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS - 1}"))
 
 
 def test_a_checkpoint_after_the_switch_is_that_of_a_dense_model(trainer: Callable, tmp_path: Path) -> None:

@@ -343,6 +343,48 @@ def test_frozen_weights_stay_frozen() -> None:
     assert not any(p is model[0].weight for group in optimizer.param_groups for p in group["params"])
 
 
+def test_parts_of_a_model_with_optimizers_of_their_own() -> None:
+    model, x = mlp(), torch.randn(8, 64)
+    first, second = torch.optim.Adam(model[0].parameters()), torch.optim.SGD(model[1:].parameters(), momentum=0.9)
+    model(x).square().mean().backward()
+    first.step()
+    second.step()
+    mfx.densify(model[0], first)
+    assert isinstance(model[0].weight, nn.Parameter)
+    assert not isinstance(model[2].weight, nn.Parameter)
+    mfx.densify(model[1:], second)
+    assert set(first.state[model[0].weight]) == {"step", "exp_avg", "exp_avg_sq"}
+    assert set(second.state[model[2].weight]) == {"momentum_buffer"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "options", [{"fused": True}, {"capturable": True}, {"foreach": True, "amsgrad": True}], ids=str
+)
+def test_on_a_gpu(options: dict) -> None:
+    """Compiled, in half precision with a scaler; counters and moments stay where they were."""
+    model, x = mlp().cuda(), torch.randn(8, 64, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **options)
+    scaler = torch.amp.GradScaler()
+    compiled = torch.compile(model, fullgraph=True)
+    losses = []
+    for i in range(8):
+        if i == 4:
+            before = {key: value.device for key, value in optimizer.state[model[0].weight.R].items()}
+            mfx.densify(model, optimizer)
+            assert {key: value.device for key, value in optimizer.state[model[0].weight].items()} == before
+        with torch.autocast("cuda", torch.float16):
+            loss = compiled(x).float().square().mean()
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[4] < losses[0]
+
+
 def test_a_compiled_model_goes_on() -> None:
     model, x = mlp(), torch.randn(8, 64)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -38,9 +38,11 @@ def densify(
     on. Gradients of factors are dropped.
 
     Args:
-        model: Any module that has Monarch weights in it, also compiled, or an averaged copy
-            (``torch.optim.swa_utils.AveragedModel``), which is densified by itself: ``densify(averaged)``.
-        optimizer: What trains the factors, all of them that are not frozen.
+        model: Any module that has Monarch weights in it, also compiled. An averaged copy of it
+            (``torch.optim.swa_utils.AveragedModel``) is densified by itself, before it is updated again:
+            ``densify(averaged)``.
+        optimizer: What trains the factors, all of them that are not frozen. Where there are several, densify with each
+            of them the part of the model that it trains.
         state: ``"transport"``: a dense weight's momentum is the smallest gradient, in Frobenius norm, that the factors'
             momenta tell of; its second moments are a fit of rank one in each block; its step count is theirs. SGD,
             Adam, AdamW, NAdam, RAdam, Lion and all others that keep no other state can be transported; where another
