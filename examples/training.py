@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +35,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 def arguments(description: str, data: str | None = None) -> argparse.ArgumentParser:
     """The options that every example has; ``data``: where its data lie by default, for examples that read a folder."""
+    if importlib.util.find_spec("matplotlib") is None:
+        sys.exit("The curves need matplotlib: pip install -r examples/requirements-training.txt")
     first = description.split("\n\n")[0]
     parser = argparse.ArgumentParser(description=first, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for curves, figures and checkpoints")
@@ -72,6 +76,10 @@ class Settings:
     def until(self, densify_at: int | None) -> Settings:
         """The same, sparse until step ``densify_at``."""
         return dataclasses.replace(self, densify_at=densify_at)
+
+    def text(self) -> str:
+        """What a checkpoint has to agree with."""
+        return ", ".join(f"{key}={value}" for key, value in dataclasses.asdict(self).items() if key != "out")
 
     def ends(self, step: int, parts: int) -> bool:
         """Whether ``step`` is the last one of a ``parts``-th of the run."""
@@ -161,7 +169,7 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, settings))
     curve, start = Curve(), 0
     if checkpoint.exists():
-        curve, start = _resume(checkpoint, model, optimizer, schedule)
+        curve, start = _resume(checkpoint, model, optimizer, schedule, settings)
     run = torch.compile(model) if settings.full else model
     bar = tqdm(range(start, settings.steps), initial=start, total=settings.steps, desc=name, leave=False)
     total, since, spent_s, compiled = torch.zeros((), device=device), 0, 0.0, False
@@ -192,7 +200,7 @@ def train(
             spent_s += _now(device) - clock
             if evaluate is not None:
                 _write_down(curve, done, _evaluated(run, evaluate, settings))
-            _save(checkpoint, model, optimizer, schedule, curve, done)
+            _save(checkpoint, model, optimizer, schedule, curve, done, settings)
             clock = _now(device)
     return curve
 
@@ -269,15 +277,21 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _save(path: Path, model: nn.Module, optimizer: Any, schedule: Any, curve: Curve, step: int) -> None:
+def _save(
+    path: Path, model: nn.Module, optimizer: Any, schedule: Any, curve: Curve, step: int, settings: Settings
+) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
-    state |= {"curve": dataclasses.asdict(curve), "step": step}
+    state |= {"curve": dataclasses.asdict(curve), "step": step, "settings": settings.text()}
     _replace(path, lambda temporary: torch.save(state, temporary))
 
 
-def _resume(path: Path, model: nn.Module, optimizer: Any, schedule: Any) -> tuple[Curve, int]:
+def _resume(path: Path, model: nn.Module, optimizer: Any, schedule: Any, settings: Settings) -> tuple[Curve, int]:
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if state["settings"] != settings.text():
+        sys.exit(
+            f"{path} is of a run with {state['settings']}, not {settings.text()}: remove it, or choose another --out."
+        )
     curve = Curve(**state["curve"])
     if curve.densified is not None:
         mfx.densify(model, optimizer)
