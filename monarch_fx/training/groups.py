@@ -27,8 +27,8 @@ def parameter_groups(
         weight_decay: Of matrices and of the products of factors. Vectors (biases, norms) don't decay.
         factor_lr: What the learning rate of the factors is multiplied with. Projected and initialised factors are
             balanced, so that Adam moves the product by about as much a step as it would a dense weight: 1 is a good
-            start. In the benchmark ``factor-lr`` (small GPT-2, 4x4 blocks) 0.5, 1 and 2 ended within 0.011 of each other
-            in loss after projection; from scratch 2 was better at the lowest rate and worse at the highest.
+            start. In the benchmark ``factor-lr`` (small GPT-2, 4x4 blocks) 0.5, 1 and 2 ended within 0.011 of each
+            other in loss after projection; from scratch 2 was better at the lowest rate and worse at the highest.
 
     Returns:
         Three groups, of matrices, of vectors and of factors, any of which may be empty; each says which in its entry
