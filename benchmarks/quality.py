@@ -1,4 +1,4 @@
-"""What one-shot compression costs at equal parameters: trained models, real text, no training afterwards.
+"""What compression costs at equal parameters: trained models, real text, in one shot and after minutes of recovery.
 
 Calibration text and test text come from different articles. Methods differ in projection and in how they share the
 budget among the layers; times are left out, so that every structure is allowed (``require_speedup=False``).
@@ -26,7 +26,9 @@ BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 LENGTH = 256  # tokens of a sequence
 CALIBRATION, TEST = 32, 16  # sequences
 PARAGRAPHS, SENTENCES = 256, 32  # MiniLM: of calibration and of test text; in one batch
-OURS = "ours"
+RECOVERED, MINUTES = (0.5,), 5  # budgets, and how long their best two methods are distilled
+RECOVERY_TEXTS = 400  # sequences or batches of the calibration articles
+LOW_RANK, OURS = "low rank by loss, our plan", "ours"
 UNIFORM = "whitened low rank, uniform"  # SVD-LLM, arXiv 2403.07378
 PERPLEXITY_TARGET = 1 / 0.75  # perplexity increase of uniform whitened low rank over ours, at budgets 0.5 to 0.8
 ERROR_TARGET = 4.0  # output errors of plain Monarch over ours
@@ -42,6 +44,7 @@ class Subject:
     include: list[str] | None
     calibration: mfx.Calibration
     example: Batch
+    texts: list[Batch]  # to recover on
 
     def options(self, **config: Any) -> dict[str, Any]:
         choices = mfx.MonarchConfig(require_speedup=False, **config)
@@ -71,7 +74,7 @@ METHODS: dict[str, Callable[[Subject, float], nn.Module]] = {
     "plain low rank": lambda subject, budget: subject.uniform(budget, 1, None),
     UNIFORM: lambda subject, budget: subject.uniform(budget, 1, subject.inputs_alone()),
     "low rank by loss, uniform": lambda subject, budget: subject.uniform(budget, 1, subject.calibration),
-    "low rank by loss, our plan": lambda subject, budget: subject.planned(budget, nblocks=1),
+    LOW_RANK: lambda subject, budget: subject.planned(budget, nblocks=1),
     OURS: lambda subject, budget: subject.planned(budget),
 }
 
@@ -97,8 +100,12 @@ def minilm() -> Iterator[Table]:
 
     model, tokenizer = load_minilm()
     options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-    texts, test = (_spread(paragraphs(part), PARAGRAPHS) for part in ("calibration", "test"))
-    seen = [dict(tokenizer(texts[i : i + SENTENCES], **options)) for i in range(0, len(texts), SENTENCES)]
+
+    def batches(texts: list[str]) -> list[Batch]:
+        return [dict(tokenizer(texts[i : i + SENTENCES], **options)) for i in range(0, len(texts), SENTENCES)]
+
+    seen = batches(_spread(paragraphs("calibration"), PARAGRAPHS))
+    test = _spread(paragraphs("test"), PARAGRAPHS)
     documents, human = lee_documents()
     judged = human[np.triu_indices(len(documents), k=1)]
     dense = similarities(model, tokenizer, test)
@@ -109,7 +116,8 @@ def minilm() -> Iterator[Table]:
         return {"dense": float(rank), "people": float(people)}
 
     calibration = mfx.calibrate(model, seen, example_inputs=seen[0])
-    subject = Subject(model, None, calibration, seen[0])
+    texts = batches(_spread(paragraphs("calibration"), RECOVERY_TEXTS * SENTENCES))
+    subject = Subject(model, None, calibration, seen[0], texts)
     return _table(subject, measure, "dense", "people", better=1)
 
 
@@ -129,7 +137,7 @@ def _smollm2(include: list[str] | None) -> Iterator[Table]:
 
     seen, test = sequences("calibration", CALIBRATION), sequences("test", TEST)
     calibration = mfx.calibrate(model, seen, example_inputs=seen[0], include=include)
-    subject = Subject(model, include, calibration, seen[0])
+    subject = Subject(model, include, calibration, seen[0], sequences("calibration", RECOVERY_TEXTS))
     measure = functools.partial(_perplexity, test)
     return _table(subject, measure, "perplexity", None, better=-1)
 
@@ -147,15 +155,26 @@ def _table(
     for budget in BUDGETS:
         results: dict[str, dict[str, Any]] = {}
         table.raw[f"{budget}"] = results
-        for method, make in METHODS.items():
-            compressed = make(subject, budget)
+        for method, compressed in _compressed(subject, budget):
             report = mfx.report(compressed)
             found: dict[str, Any] = dict(measure(compressed))
-            found |= {"kept": report.plan.reached, "loss": report.loss, "error": _output_error(subject, compressed)}
+            found |= {"kept": report.plan.reached, "error": _output_error(subject, compressed)}
+            found["loss"] = report.loss if report.recovery is None else None
             results[method] = found
             table.rows.append(_row(budget, method, found, names))
             yield table
         _targets(table, budget, dense, results, main, better)
+
+
+def _compressed(subject: Subject, budget: float) -> Iterator[tuple[str, nn.Module]]:
+    """By every method, and the best two of them after recovery."""
+    made = {}
+    for method, make in METHODS.items():
+        made[method] = make(subject, budget)
+        yield method, made[method]
+    for method in (LOW_RANK, OURS) if budget in RECOVERED else ():
+        recovered = mfx.recover(made[method], subject.model, subject.texts, minutes=MINUTES)
+        yield f"{method}, {MINUTES} minutes of recovery", recovered
 
 
 def _row(budget: float, method: str, found: dict[str, Any], names: list[str]) -> tuple[str, ...]:
@@ -172,7 +191,7 @@ def _targets(
     main: str,
     better: int,
 ) -> None:
-    best = max(result[main] * better for name, result in results.items() if name != OURS) * better
+    best = max(results[name][main] * better for name in METHODS if name != OURS) * better
     gain = results[OURS][main] / best
     table.target(f"{budget}: {main}, ours against the best other", gain if better > 0 else 1 / gain, 1.0)
     if better < 0 and 0.5 <= budget <= 0.8:

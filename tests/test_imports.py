@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-OPTIONAL = ("triton", "transformers", "timm", "torchvision")
+OPTIONAL = ("triton", "transformers", "timm", "torchvision", "accelerate", "lightning", "psutil")
 
 
 @pytest.mark.parametrize("devices", ["", "0"])

@@ -47,7 +47,7 @@ def test_it_comes_nearer_and_touches_factors_alone(vocabulary: int) -> None:
     model = made(teacher, batches[0]).train()
     model.norm.weight.requires_grad_(False)
     before, theirs = (copy.deepcopy(m.state_dict()) for m in (model, teacher))
-    assert mfx.recover(model, teacher, batches, steps=60) is model
+    assert mfx.recover(model, teacher, batches, steps=60, lr=3e-3) is model
     recovery = mfx.report(model).recovery
     assert recovery is not None
     assert recovery.steps == 60
@@ -94,7 +94,7 @@ def test_single_products_are_fitted_by_themselves(monkeypatch: pytest.MonkeyPatc
         return found
 
     before = errors()
-    mfx.recover(model, teacher, batches, steps=60)
+    mfx.recover(model, teacher, batches, steps=60, lr=3e-3)
     assert all(after < 0.95 * at_first for after, at_first in zip(errors(), before, strict=True))
 
 
