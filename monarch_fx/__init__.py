@@ -1,7 +1,7 @@
 """monarch_fx: a compiler pass that replaces dense matrix products by Monarch matrices."""
 
 from monarch_fx import transforms
-from monarch_fx.api import calibrate, monarchify, plan, print_graph, report, to_dense
+from monarch_fx.api import calibrate, measure_loss, monarchify, plan, print_graph, report, to_dense
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, measure_device
 from monarch_fx.kernels.op import monarch_bmm
@@ -26,6 +26,7 @@ __all__ = [
     "calibrate",
     "densify",
     "measure_device",
+    "measure_loss",
     "monarch_bmm",
     "monarchify",
     "parameter_groups",

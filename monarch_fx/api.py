@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
+from monarch_fx.passes.losses import attention_mask, distance
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import OBJECTIVES, decide
 from monarch_fx.records import Candidate, Plan, Report
@@ -291,6 +293,46 @@ def report(model: nn.Module) -> Report:
     if not isinstance(made, Report):
         raise MonarchError(f"{type(model).__name__} has no report: it was not made by monarch_fx.monarchify().")
     return made
+
+
+def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -> float:
+    """What rewriting really costs, to be read beside the loss predicted; both models are run in eval mode.
+
+    Args:
+        model: What ``monarchify`` returned, recovered or not.
+        teacher: The dense model that it was made from.
+        batches: Real inputs, each in one of the forms of ``example_inputs``. Tokens that an ``attention_mask`` hides
+            don't count.
+
+    Returns:
+        How far the outputs are from the teacher's, a token: the divergence of logits, else half the relative squared
+        error of the first floating-point tensor. ``report(model)`` shows it from now on.
+
+    Raises:
+        MonarchError: ``model`` was not made by ``monarchify``.
+        ConfigError: There are no batches.
+        ExampleInputsError: A batch doesn't fit the model's forward.
+    """
+    made = report(model)
+    modes = {module: module.training for both in (model, teacher) for module in both.modules()}
+    device = next(model.parameters()).device
+    found = []
+    try:
+        model.eval()
+        teacher.eval()
+        for batch in tqdm(batches, desc="loss", unit="batch", leave=False):
+            inputs = user_inputs(model, batch).on(device)
+            with torch.no_grad():
+                output, wanted = (both(*inputs.args, **inputs.kwargs) for both in (model, teacher))
+            found.append(float(distance(output, wanted, attention_mask(inputs.kwargs))))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not found:
+        raise ConfigError("measure_loss needs batches, got none.")
+    loss = sum(found) / len(found)
+    note(model, dataclasses.replace(made, measured_loss=loss))
+    return loss
 
 
 def note(model: nn.Module, made: Report) -> None:

@@ -307,6 +307,7 @@ class Report:
         losses: Second-order increase of the model's loss by every rewritten product that calibration data tell of, from
             its factors.
         recovery: What ``recover`` did afterwards; errors and losses are those before it.
+        measured_loss: What ``measure_loss`` found.
     """
 
     plan: Plan
@@ -319,6 +320,7 @@ class Report:
     calibrated: bool = False
     losses: tuple[tuple[str, float], ...] = ()
     recovery: Recovery | None = None
+    measured_loss: float | None = None
 
     @property
     def loss(self) -> float | None:

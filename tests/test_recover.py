@@ -74,6 +74,14 @@ def test_the_distance_is_that_of_the_outputs() -> None:
     assert recovery is not None
     # float32: a sum of 32 terms up to 1 in absolute value
     assert recovery.before == pytest.approx(divergence, abs=32 * torch.finfo(torch.float32).eps)
+    model, teacher = made(teacher, batches[0]).train(), teacher.train()
+    assert mfx.measure_loss(model, teacher, batches[:1]) == recovery.before
+    assert "loss measured" in str(mfx.report(model))
+    assert model.training
+    assert teacher.training
+    assert model.drop.training
+    with pytest.raises(ConfigError, match="measure_loss needs batches"):
+        mfx.measure_loss(model, teacher, [])
 
 
 def test_single_products_are_fitted_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

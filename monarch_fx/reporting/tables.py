@@ -42,6 +42,7 @@ def report_table(report: Report) -> str:
         ("done", f"{len(done)} of {len(plan.rewritten)} planned products {how} in {report.seconds:.1f} s"),
         ("parameters", f"{report.params_before:,} -> {report.params_after:,}"),
         *(() if report.loss is None else (("loss as made", f"+{report.loss:.3g} to second order, from the factors"),)),
+        *(() if report.measured_loss is None else (("loss measured", f"+{report.measured_loss:.3g}"),)),
         *(() if report.recovery is None else (("recovered", _recovered(report.recovery)),)),
         ("made with", ", ".join(f"{name} {version}" for name, version in report.versions)),
     ]
