@@ -199,6 +199,17 @@ class TestSolver:
         assert sum(o.params for o in chosen) <= limit
         assert cost(chosen) <= min(map(cost, allowed)) * (1 + solver.RELATIVE_GAP) + 1e-9
 
+    def test_small_losses_are_weighed_like_large_ones(self, block: list[Candidate]) -> None:
+        config = MonarchConfig(require_speedup=False)
+        errors = tails(block, config, lambda name: 0.5 if name.endswith("o") else 1.0)
+        losses = {c.name: 1.0 + i for i, c in enumerate(block)}
+        plans = [
+            decided(block, 0.5, config, errors=errors, losses={name: scale * loss for name, loss in losses.items()})
+            for scale in (1.0, 1e-9)
+        ]
+        large, small = (sum(losses[name] * d.error**2 for name, d in plan.items()) for plan in plans)
+        assert small == pytest.approx(large, rel=solver.ALIKE + solver.RELATIVE_GAP)
+
     def test_a_time_limit_that_hits_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         rng = np.random.default_rng(0)
         options = [self.options([(int(p), int(1e6 / p)) for p in rng.integers(1, 1000, 20)]) for _ in range(50)]

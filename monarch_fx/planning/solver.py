@@ -47,7 +47,7 @@ def solve(options: Sequence[Sequence[Option]], weights: Sequence[float], limit: 
         return largest
     cost, bounds, one_each, shares = _program(fronts, weights, limit, size)
     result = scipy.optimize.milp(
-        cost,
+        cost / (cost.max() or 1.0),  # the solver's tolerances are absolute as well
         integrality=np.ones(len(cost)),
         bounds=bounds,
         constraints=[
@@ -76,10 +76,16 @@ def price(options: Sequence[Sequence[Option]], weights: Sequence[float], limit: 
     """What one more unit of ``limit`` would save in ``sum(weight * error2)``: the dual of the relaxed problem."""
     fronts = [pareto(choices, size) for choices in options]
     cost, bounds, one_each, shares = _program(fronts, weights, limit, size)
+    scale = cost.max() or 1.0
     result = scipy.optimize.linprog(
-        cost, A_ub=shares, b_ub=[1], A_eq=one_each, b_eq=np.ones(len(fronts)), bounds=(bounds.lb[0], bounds.ub[0])
+        cost / scale,
+        A_ub=shares,
+        b_ub=[1],
+        A_eq=one_each,
+        b_eq=np.ones(len(fronts)),
+        bounds=(bounds.lb[0], bounds.ub[0]),
     )
-    return -float(result.ineqlin.marginals[0]) / limit
+    return -float(result.ineqlin.marginals[0]) * scale / limit
 
 
 def _program(
