@@ -147,6 +147,26 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == [file]
 
 
+@pytest.mark.parametrize("looks", [0, 1])
+def test_whatever_happens_the_model_is_put_back(looks: int) -> None:
+    teacher, batches = Model(), texts()
+    model = made(teacher, batches[0]).train()
+    calls = []
+
+    def interrupt(*_: Any) -> None:
+        calls.append(1)
+        if len(calls) > looks:  # also when the best factors are looked for at the end
+            raise KeyboardInterrupt
+
+    hook = model.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        mfx.recover(model, teacher, batches, steps=8)
+    hook.remove()
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert model.training
+    assert (mfx.report(model).recovery is None) == (looks == 0)
+
+
 def test_half_precision_takes_steps_smaller_than_its_own() -> None:
     torch.manual_seed(5)
     teacher, batches = Model().bfloat16(), [x.bfloat16() for x in texts()]
@@ -189,6 +209,8 @@ def test_refusals(tmp_path: Path) -> None:
         mfx.recover(model, teacher, batches[:1], steps=1)
     with pytest.raises(PlanMismatchError, match="The teacher, a Linear, has another architecture"):
         mfx.recover(model, nn.Linear(3, 4), batches, steps=1)
+    with pytest.raises(ConfigError, match="lies in a folder that doesn't exist"):
+        mfx.recover(model, teacher, batches, steps=1, checkpoint=tmp_path / "none" / "recovery.pt")
     file = tmp_path / "other.pt"
     torch.save({"wide": {"w": torch.zeros(3)}}, file)
     with pytest.raises(ConfigError, match="not that of a model with these factors"):

@@ -65,7 +65,7 @@ def recover(
     Raises:
         MonarchError: ``model`` was not made by ``monarchify``.
         ConfigError: Not exactly one of ``minutes`` and ``steps`` is given, a value has no meaning, there are too few
-            batches, or the checkpoint is that of another model.
+            batches, or the checkpoint is that of another model or in a folder that doesn't exist.
         PlanMismatchError: ``teacher`` is of another architecture.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
@@ -76,12 +76,14 @@ def recover(
             f"The teacher, a {type(teacher).__name__}, has another architecture than the model that this "
             f"{type(model).__name__} was made from: names, shapes or ties of parameters differ."
         )
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and not path.parent.is_dir():
+        raise ConfigError(f"checkpoint={str(checkpoint)!r} lies in a folder that doesn't exist: make it first.")
     device = next(model.parameters()).device
     inputs = [user_inputs(model, batch).on(device) for batch in batches]
     if len(inputs) < 2:
         raise ConfigError(f"recover needs two batches or more, of which one is held out; got {len(inputs)}.")
     run = _Run(_Distances(model, teacher), inputs, steps, minutes, lr)
-    path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.load(path)
     modes = {module: module.training for module in model.modules()}
@@ -90,15 +92,18 @@ def recover(
     for factor in run.factors.values():
         factor.requires_grad_(True)
     try:
-        run.train(path)
+        try:
+            run.train(path)
+        finally:
+            run.finish(path)
     finally:
-        run.finish(path)
         for p, requires_grad in wanted.items():
             p.requires_grad_(requires_grad)
             p.grad = None
         for module, training in modes.items():
             module.training = training
-        api.note(model, dataclasses.replace(report, recovery=run.recovery()))
+        if run.best:
+            api.note(model, dataclasses.replace(report, recovery=run.recovery()))
     return model
 
 
