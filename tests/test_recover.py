@@ -147,6 +147,45 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == [file]
 
 
+def test_gradients_are_taken_wherever_it_is_called() -> None:
+    torch.manual_seed(7)
+    teacher, batches = Model(), texts()
+    model = made(teacher, batches[0])
+    with torch.no_grad():
+        mfx.recover(model, teacher, batches, steps=40, lr=3e-3)
+    recovery = mfx.report(model).recovery
+    assert recovery is not None
+    assert recovery.after < recovery.before
+
+
+def test_experts_that_see_other_tokens_than_the_teachers() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.router = nn.Linear(32, 32), nn.Linear(32, 4)
+            self.W = nn.Parameter(torch.randn(4, 32, 32) / 32**0.5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = self.before(x)
+            chosen, y = self.router(h).argmax(-1), torch.zeros_like(h)
+            for expert in range(4):
+                at = (chosen == expert).nonzero()[:, 0]
+                y = y.index_add(0, at, h[at] @ self.W[expert].T)
+            return y
+
+    torch.manual_seed(8)
+    teacher, batches = Experts(), [torch.randn(60, 32) for _ in range(6)]
+    model = mfx.monarchify(teacher, example_inputs=batches[0], config=CONFIG, exclude="router")
+    with torch.no_grad():
+        routes = [m.router(m.before(batches[1])).argmax(-1) for m in (teacher, model)]
+    assert not torch.equal(routes[0].bincount(minlength=4), routes[1].bincount(minlength=4))
+    mfx.recover(model, teacher, batches, steps=40, lr=3e-3)
+    recovery = mfx.report(model).recovery
+    assert recovery is not None
+    assert recovery.steps == 40
+    assert recovery.after < recovery.before
+
+
 @pytest.mark.parametrize("looks", [0, 1])
 def test_whatever_happens_the_model_is_put_back(looks: int) -> None:
     teacher, batches = Model(), texts()

@@ -39,7 +39,8 @@ class Pair:
 
     def run(self, inputs: Inputs, compare: Compare) -> None:
         """Runs both, the dense one without gradients, and tells ``compare`` of every product of the rewritten weights,
-        those of their pieces that stayed dense too, in the order in which they are computed."""
+        those of their pieces that stayed dense too, in the order in which they are computed. Experts are left out: the
+        two models may send them other tokens."""
         self._heard = defaultdict(list)
         for name, mine in self._jobs.items():
             self.weights[name].observer = functools.partial(self._compare, mine, compare)
@@ -60,5 +61,8 @@ class Pair:
     def _compare(self, candidates: Sequence[Candidate], compare: Compare, match: Match, x: Tensor, y: Tensor) -> Tensor:
         assert self._heard is not None
         candidate = candidates[match.piece]
-        dense = self._heard[candidate.name, str(match)].pop(0)
-        return y if match.flipped else compare(candidate, *dense, x, y)
+        heard = self._heard[candidate.name, str(match)]
+        dense = heard.pop(0) if heard else None
+        if dense is None or dense[0].shape != x.shape or match.flipped or candidate.batch > 1:
+            return y.detach()
+        return compare(candidate, *dense, x, y)

@@ -134,7 +134,7 @@ class _Distances:
             return y.detach()
 
         self.pair.run(inputs, compare)
-        return torch.stack(errors).sum()
+        return torch.stack(errors).sum() if errors else torch.zeros(())
 
 
 class _Run:
@@ -180,8 +180,10 @@ class _Run:
         if stage != self.stage:
             self.stage, self.optimizer = stage, self._optimizer()  # another loss, other moments
         inputs = self._batch()
-        loss = self.distances.of_products(inputs) if stage == "layerwise" else self.distances.of_outputs(inputs)
-        loss.backward()
+        with torch.enable_grad():
+            loss = self.distances.of_products(inputs) if stage == "layerwise" else self.distances.of_outputs(inputs)
+        if loss.requires_grad or stage == "whole":  # a batch may reach no product that can be compared
+            loss.backward()
         rate = self.lr * min(1.0, through / WARM_UP) * (1 + math.cos(math.pi * through)) / 2
         for group, (name, factor) in zip(self.optimizer.param_groups, self.factors.items(), strict=True):
             group["lr"] = rate * self.sizes[name]
