@@ -184,6 +184,43 @@ def test_a_model_that_cannot_be_differentiated_is_planned_by_its_outputs() -> No
     assert report.plan.error_source == "projections on the calibration inputs"
 
 
+def test_a_backward_that_fails_leaves_no_loss() -> None:
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, y: torch.Tensor) -> torch.Tensor:
+            return y.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("there is no way back")
+
+    class OneWaySum(Sum):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return y if torch.compiler.is_exporting() else OneWay.apply(y)
+
+    x = torch.randn(200, 64)
+    with pytest.warns(MonarchWarning, match="there is no way back"):
+        calibration = mfx.calibrate(OneWaySum(), [x], example_inputs=x)
+    assert calibration.loss is None
+    assert all(seen.gradients is None for seen in calibration.statistics.values())
+
+
+def test_a_number_before_the_output_is_passed_over() -> None:
+    class WithNumber(Sum):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = super().forward(x)
+            return y.square().mean(), y
+
+    x = torch.randn(200, 64)
+    model = WithNumber()
+    plain = Sum()
+    plain.load_state_dict(model.state_dict())
+    found, wanted = (mfx.calibrate(m, [x], example_inputs=x) for m in (model, plain))
+    for name, seen in wanted.statistics.items():
+        torch.testing.assert_close(found.statistics[name].gradients, seen.gradients)
+
+
 def test_one_calibration_for_several_plans() -> None:
     model, x = Sum().train(), torch.randn(300, 64)
     before = copy.deepcopy(model.state_dict())

@@ -135,7 +135,7 @@ class _Sums:
         self.inputs.clear()
         self.counts.clear()
         self.gradients.clear()
-        self.anchor = None
+        self.anchor = self.loss = None
 
     def statistics(self) -> dict[str, Statistics]:
         found = {}

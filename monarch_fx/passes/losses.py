@@ -19,7 +19,8 @@ class NotDifferentiableError(RuntimeError):
 
 
 def main_tensor(output: Any) -> tuple[Tensor, bool]:
-    """What a loss is taken of, and whether it is logits: ``output.logits``, or the first floating-point tensor.
+    """What a loss is taken of, and whether it is logits: ``output.logits``, or the first floating-point tensor that is
+    no single number.
 
     Raises:
         NotDifferentiableError: The output has none.
@@ -27,9 +28,11 @@ def main_tensor(output: Any) -> tuple[Tensor, bool]:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.shape[-1] > 1:
         return logits, True
-    floats = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point()]
+    floats = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
     if not floats:
-        raise NotDifferentiableError(f"its output, a {type(output).__name__}, has no floating-point tensor")
+        raise NotDifferentiableError(
+            f"its output, a {type(output).__name__}, has no floating-point tensor with dimensions"
+        )
     return floats[0], False
 
 
