@@ -23,7 +23,7 @@ from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.passes.calibrate import calibrate as run_calibration
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
-from monarch_fx.passes.inputs import own_inputs, user_inputs
+from monarch_fx.passes.inputs import check_batches, own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.losses import attention_mask, distance
 from monarch_fx.passes.select import Patterns, select
@@ -310,10 +310,11 @@ def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -
 
     Raises:
         MonarchError: ``model`` was not made by ``monarchify``.
-        ConfigError: There are no batches.
+        ConfigError: There are no batches, or ``batches`` is a single one.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
     made = report(model)
+    check_batches(batches, "batches")
     modes = {module: module.training for both in (model, teacher) for module in both.modules()}
     device = next(model.parameters()).device
     found = []

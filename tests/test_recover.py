@@ -246,6 +246,10 @@ def test_refusals(tmp_path: Path) -> None:
         mfx.recover(model, teacher, batches, steps=1, lr=-1)
     with pytest.raises(ConfigError, match=r"two batches or more, .* got 1"):
         mfx.recover(model, teacher, batches[:1], steps=1)
+    with pytest.raises(ConfigError, match=r"batches is an iterable of batches, .* got a Tensor"):
+        mfx.recover(model, teacher, batches[0], steps=1)
+    with pytest.raises(ConfigError, match=r"batches is an iterable of batches, .* got a dict"):
+        mfx.measure_loss(model, teacher, {"x": batches[0]})
     with pytest.raises(PlanMismatchError, match="The teacher, a Linear, has another architecture"):
         mfx.recover(model, nn.Linear(3, 4), batches, steps=1)
     with pytest.raises(ConfigError, match="lies in a folder that doesn't exist"):

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from monarch_fx.errors import ConfigError, MonarchWarning
 from monarch_fx.layers.match import Match
 from monarch_fx.passes import checks, rewrite
-from monarch_fx.passes.inputs import Inputs, user_inputs
+from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
 from monarch_fx.passes.losses import attention_mask, counted, loss_gradient
 from monarch_fx.records import Candidate
 
@@ -173,11 +173,7 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
         ConfigError: ``batches`` is a single batch, or empty.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
-    if isinstance(batches, (Tensor, Mapping)) or not isinstance(batches, Iterable):
-        raise ConfigError(
-            f"calibration is an iterable of batches, such as a list or a DataLoader; got a {type(batches).__name__}. "
-            "Put a single batch into a list."
-        )
+    check_batches(batches, "calibration")
     device = next(model.parameters()).device
     sums = _Sums(anchor=torch.zeros((), device=device, requires_grad=True))
     twin = observed(model, candidates, sums.observe).eval().requires_grad_(False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from monarch_fx.errors import ExampleInputsError
+from monarch_fx.errors import ConfigError, ExampleInputsError
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,19 @@ def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
             f"example_inputs ({given}) don't fit {type(model).__name__}.forward{signature}: {error}."
         ) from error
     return Inputs(args, _without_cache(model, kwargs, len(args)), given=True)
+
+
+def check_batches(batches: Any, name: str) -> None:
+    """Whether ``batches``, the argument ``name``, are several batches.
+
+    Raises:
+        ConfigError: They are a single one.
+    """
+    if isinstance(batches, (torch.Tensor, Mapping)) or not isinstance(batches, Iterable):
+        raise ConfigError(
+            f"{name} is an iterable of batches, such as a list or a DataLoader; got a {type(batches).__name__}. "
+            "Put a single batch into a list."
+        )
 
 
 def own_inputs(model: nn.Module) -> Inputs | None:

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from monarch_fx import api
 from monarch_fx.errors import ConfigError, PlanMismatchError
 from monarch_fx.passes import checks
-from monarch_fx.passes.inputs import Inputs, user_inputs
+from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
 from monarch_fx.passes.losses import attention_mask, counted, distance, relative_error
 from monarch_fx.passes.pair import Pair
 from monarch_fx.records import Candidate, Recovery
@@ -71,6 +71,7 @@ def recover(
     """
     report = api.report(model)
     _check_arguments(minutes, steps, lr)
+    check_batches(batches, "batches")
     if checks.fingerprint(teacher) != report.plan.fingerprint:
         raise PlanMismatchError(
             f"The teacher, a {type(teacher).__name__}, has another architecture than the model that this "
