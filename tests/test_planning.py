@@ -459,3 +459,13 @@ def test_products_of_all_sizes_share_the_cut() -> None:
     plan = mfx.plan(model, budget=0.5, tokens=4096, device="cpu", config=MonarchConfig(require_speedup=False))
     for decision in plan.decisions:
         assert decision.params / decision.candidate.params == pytest.approx(0.5, abs=0.1)
+
+
+def test_an_edited_latency_plan_does_not_know_what_it_reaches() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(128, 256), torch.nn.ReLU(), torch.nn.Linear(256, 128))
+    x = torch.randn(4, 128)
+    plan = mfx.plan(model, 0.9, example_inputs=x, objective="latency", tokens=4096, device="cpu")
+    edited = mfx.Plan.from_json(plan.with_shape("0.weight", nblocks_out=2, nblocks_in=2, rank=8).to_json())
+    assert edited.objective == "latency"
+    assert math.isnan(edited.reached)
+    assert "asked 0.9, reached ? of the dense time" in str(edited)

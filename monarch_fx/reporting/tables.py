@@ -89,7 +89,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
     limited = "dense time (predicted)" if plan.objective == "latency" else "eligible parameters"
     tokens = _mix(plan.tokens)
     return [
-        ("budget", f"{asked}, reached {plan.reached:.3f} of the {limited}"),
+        ("budget", f"{asked}, reached {_unless_nan(plan.reached, f'{plan.reached:.3f}')} of the {limited}"),
         (
             "eligible",
             f"{len(plan.decisions)} products, {compact(eligible)} -> {compact(kept)} parameters; "
