@@ -31,7 +31,7 @@ class FactorMaker:
         work_dir: Where projected factors are kept; None: nowhere.
 
     Raises:
-        ConfigError: ``work_dir`` is a file.
+        ConfigError: ``work_dir`` is a file, or inside one.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class FactorMaker:
         if self.folder is not None:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-            except FileExistsError as error:
-                raise ConfigError(f"work_dir={str(work_dir)!r} is a file: give a folder.") from error
+            except (FileExistsError, NotADirectoryError) as error:
+                raise ConfigError(f"work_dir={str(work_dir)!r} is a file or inside one: give a folder.") from error
 
     def make(self, name: str, dense: Tensor, shape: MonarchShape) -> Monarch:
         """The structure of a dense weight (B?, out, in)."""

@@ -108,8 +108,10 @@ def test_a_calibration_is_saved(tmp_path: Path) -> None:
 def test_refusals(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("text")
-    with pytest.raises(ConfigError, match="is a file: give a folder"):
+    with pytest.raises(ConfigError, match="is a file or inside one: give a folder"):
         mfx.monarchify(model(), example_inputs=torch.randn(3, 32), config=CONFIG, work_dir=file)
+    with pytest.raises(ConfigError, match="is a file or inside one: give a folder"):
+        mfx.monarchify(model(), example_inputs=torch.randn(3, 32), config=CONFIG, work_dir=file / "work")
     with pytest.raises(ConfigError, match="is not a calibration"):
         mfx.Calibration.load(file)
     save_file({"w": torch.zeros(3)}, file)
