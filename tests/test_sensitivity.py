@@ -245,5 +245,8 @@ def test_refusals() -> None:
     calibration = mfx.calibrate(Chain(), [x], example_inputs=x)
     with pytest.raises(ConfigError, match="another architecture than this Classifier"):
         mfx.plan(Classifier(), 0.5, example_inputs=x, include="*", calibration=calibration)
+    x[3, 5] = torch.nan
+    with pytest.raises(ConfigError, match=r"'first.weight' sees, or .* NaN or infinity"):
+        mfx.plan(Chain(), 0.5, example_inputs=x, include="*", calibration=[x])
     with pytest.raises(MetaDeviceError, match="can't run calibration batches"):
         mfx.calibrate(Chain().to("meta"), [x], example_inputs=x)

@@ -170,7 +170,7 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
         The statistics of each candidate that saw any input; experts of one weight share theirs.
 
     Raises:
-        ConfigError: ``batches`` is a single batch, or empty.
+        ConfigError: ``batches`` is a single batch, or empty, or gives a product NaN or infinite values.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
     check_batches(batches, "calibration")
@@ -201,7 +201,14 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
         first = False
     if first:
         raise ConfigError("calibration has no batches.")
-    return Calibration(sums.statistics(), sums.loss, checks.fingerprint(model))
+    statistics = sums.statistics()
+    for name, seen in statistics.items():
+        if not all(torch.isfinite(moments).all() for moments in (seen.inputs, seen.gradients) if moments is not None):
+            raise ConfigError(
+                f"On the calibration data {name!r} sees, or has loss gradients of, NaN or infinity: mend the data, or "
+                "exclude it."
+            )
+    return Calibration(statistics, sums.loss, checks.fingerprint(model))
 
 
 def _forward_and_backward(twin: nn.Module, inputs: Inputs, sums: _Sums, draw: torch.Generator) -> None:
