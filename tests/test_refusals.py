@@ -10,7 +10,7 @@ from torch import nn
 from zoo import HALF_GRID, mlp
 
 import monarch_fx as mfx
-from monarch_fx import errors
+from monarch_fx import errors, factors
 
 
 @pytest.mark.parametrize("budget", [0, -0.5, 1.5, "half", True])
@@ -130,7 +130,7 @@ def test_a_failure_leaves_the_argument_alone(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_interrupted_inplace_run_leaves_a_valid_model(monkeypatch: pytest.MonkeyPatch) -> None:
     model = mlp()
     plan = mfx.plan(model, config=HALF_GRID)
-    project, done = mfx.api.project, []
+    project, done = factors.project, []
 
     def interrupted(*args: object) -> object:
         if done:
@@ -138,7 +138,7 @@ def test_an_interrupted_inplace_run_leaves_a_valid_model(monkeypatch: pytest.Mon
         done.append(True)
         return project(*args)
 
-    monkeypatch.setattr("monarch_fx.api.project", interrupted)
+    monkeypatch.setattr(factors, "project", interrupted)
     with pytest.raises(KeyboardInterrupt):
         mfx.monarchify(model, plan=plan, inplace=True)
     assert model(torch.randn(3, 64)).shape == (3, 64)
