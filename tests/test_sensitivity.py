@@ -154,6 +154,15 @@ def test_what_is_predicted_for_grids_is_what_they_get() -> None:
         assert made <= (decision.loss or 0.0) <= 1.3 * made, name
 
 
+def test_a_weight_of_zeros_stays_one() -> None:
+    model, x = Sum(), torch.randn(100, 64)
+    with torch.no_grad():
+        model.loud.weight.zero_()
+    config = mfx.MonarchConfig(nblocks=2, rank=4)
+    rewritten = mfx.monarchify(model, example_inputs=x, config=config, calibration=[x])
+    assert not mfx.to_dense(rewritten).loud.weight.any()
+
+
 def test_hidden_tokens_have_no_loss() -> None:
     model, x = Chain().eval(), torch.randn(6, 10, 24)
     mask = torch.ones(6, 10, dtype=torch.long)

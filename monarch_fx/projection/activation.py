@@ -53,7 +53,7 @@ def project_on_inputs(weight: Tensor, shape: MonarchShape, gram: Tensor, gradien
         left, right = balanced(*_descend(matrix.double(), shape, C, G, SWEEPS))
         L.copy_(left)
         R.copy_(right.transpose(0, 1))
-    return min(monarch, best, key=lambda found: output_error(weight, found, gram, gradients))
+    return min(best, monarch, key=lambda found: output_error(weight, found, gram, gradients))
 
 
 def output_error(weight: Tensor, monarch: Monarch, gram: Tensor, gradients: Tensor | None = None) -> float:
@@ -183,7 +183,7 @@ def _refitted(W: Tensor, E: Tensor, L: Tensor, R: Tensor, C: Tensor, G: Tensor, 
         V = torch.block_diag(*R[j])
         VC = V @ C  # (n_in * rank, n_in * p)
         normal = VC @ V.mT
-        normal.diagonal().add_(RIDGE * float(normal.diagonal().mean()))
+        normal.diagonal().add_(RIDGE * (float(normal.diagonal().mean()) or 1.0))
         L[j] = torch.linalg.solve(normal, VC @ T.mT).unflatten(0, (n_in, rank))
         E[j] = W[j] - L[j].mT @ R[j]
     return L
