@@ -28,13 +28,11 @@ from monarch_fx.passes.listing import listing
 from monarch_fx.passes.losses import attention_mask, distance
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import OBJECTIVES, decide
+from monarch_fx.planning.workload import Tokens, planned_dtype, token_mix
 from monarch_fx.records import Candidate, Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
 
-DEFAULT_TOKENS = 4096
 _REPORT = "_monarch_fx_report"
-
-Tokens = int | Mapping[int, float] | None
 
 
 def plan(
@@ -127,8 +125,8 @@ def _make_plan(
     checks.check_weights(model, candidates, values=not meta)
 
     profile = resolve(device, next(model.parameters()).device)
-    mix, tokens_source = _token_mix(tokens, candidates, captured.given)
-    dtype = _planned_dtype(candidates)
+    mix, tokens_source = token_mix(tokens, candidates, captured.given)
+    dtype = planned_dtype(candidates)
     calibrated = None if calibration is None else _calibrated(model, candidates, calibration)
     errors, error_source = assess.errors(model, candidates, config, calibrated)
     decisions = decide(
@@ -218,8 +216,7 @@ def monarchify(
         _check_runs(model, calibration)
         options = {"plan": plan, "example_inputs": example_inputs, "include": include, "exclude": exclude}
         options |= {"tokens": tokens, "workload": workload, "objective": objective, "init": init, "device": device}
-        options |= {"config": config}
-        options |= {"strict": strict, "work_dir": work_dir}
+        options |= {"config": config, "strict": strict, "work_dir": work_dir}
         rewritten = monarchify(graph.program_module(model), budget, inplace=True, **options)
         return graph.export_again(model, rewritten)
     model = checks.check_model(model)
@@ -305,16 +302,18 @@ def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -
             don't count.
 
     Returns:
-        How far the outputs are from the teacher's, a token: the divergence of logits, else half the relative squared
-        error of the first floating-point tensor. ``report(model)`` shows it from now on.
+        How far the outputs are from the teacher's, mean over the batches: the divergence of logits a token, else half
+        the relative squared error of the first floating-point tensor. ``report(model)`` shows it from now on.
 
     Raises:
         MonarchError: ``model`` was not made by ``monarchify``.
         ConfigError: There are no batches, or ``batches`` is a single one.
+        NotAModuleError, WrappedModelError, PlanMismatchError: ``teacher`` is no plain module, or another architecture.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
     made = report(model)
     check_batches(batches, "batches")
+    checks.check_teacher(teacher, model, made.plan)
     modes = {module: module.training for both in (model, teacher) for module in both.modules()}
     device = next(model.parameters()).device
     found = []
@@ -460,26 +459,3 @@ def _check_arguments(budget: Any, workload: str, objective: str, config: Monarch
         raise ConfigError(f'objective must be "params" or "latency", what the budget limits; got {objective!r}.')
     if workload not in ("inference", "training"):
         raise ConfigError(f'workload must be "inference" or "training", got {workload!r}.')
-
-
-def _token_mix(tokens: Tokens, candidates: list[Candidate], given: bool) -> tuple[dict[int, float], str]:
-    """The token counts that are planned for, and where they come from."""
-    if tokens is not None:
-        mix = dict(tokens) if isinstance(tokens, Mapping) else {tokens: 1.0}
-        numbers = all(isinstance(t, int) and not isinstance(t, bool) and t > 0 for t in mix)
-        if not mix or not numbers or not all(weight > 0 for weight in mix.values()):
-            raise ConfigError(f"tokens must be a positive integer or {{tokens: weight}}, got {tokens!r}.")
-        total = sum(mix.values())
-        return {t: weight / total for t, weight in mix.items()}, "given"
-    main = [call.count for candidate in candidates for call in candidate.calls if call.share == 1.0 and call.count]
-    if given and main:
-        return {main[0]: 1.0}, "from example_inputs"
-    return {DEFAULT_TOKENS: 1.0}, "default, since no example_inputs say how many a run has"
-
-
-def _planned_dtype(candidates: list[Candidate]) -> str:
-    """The dtype that most parameters have."""
-    sizes: dict[str, int] = {}
-    for candidate in candidates:
-        sizes[candidate.dtype] = sizes.get(candidate.dtype, 0) + candidate.params
-    return max(sizes, key=lambda dtype: sizes[dtype])

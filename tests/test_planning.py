@@ -17,10 +17,9 @@ import monarch_fx as mfx
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds
 from monarch_fx.costs.shipped import SHIPPED
-from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError, MonarchWarning
-from monarch_fx.planning import OBJECTIVES, Option, decide, grids, solver
+from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
+from monarch_fx.planning import OBJECTIVES, decide, grids, solver
 from monarch_fx.planning.options import shapes
-from monarch_fx.planning.solver import best_alike, pareto, solve
 from monarch_fx.records import Call, Candidate, Decision
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
@@ -157,69 +156,6 @@ class TestOptions:
         assert shapes(candidate("w", 1, 1), MonarchConfig(), 0.5) == ()
 
 
-class TestSolver:
-    @staticmethod
-    def options(pairs: Sequence[tuple[int, int]]) -> list[Option]:
-        return [Option(None, error2=error / 64, time_s=1.0, params=params) for params, error in pairs]
-
-    def test_pareto(self) -> None:
-        options = self.options([(5, 3), (5, 2), (7, 2), (8, 1), (3, 9), (4, 9)])
-        assert [(o.params, o.error2 * 64) for o in pareto(options, PARAMS)] == [(3, 9), (5, 2), (8, 1)]
-
-    def test_of_equal_options_the_fastest_stays(self) -> None:
-        slow, fast = Option(None, 0.5, 2.0, 10), Option(None, 0.5, 1.0, 10)
-        assert pareto([slow, fast], PARAMS) == [fast]
-
-    def test_of_options_with_about_the_same_error_the_fastest_is_taken(self) -> None:
-        chosen = Option(None, 0.5, 2.0, 10)
-        faster, bigger, worse = Option(None, 0.505, 1.0, 10), Option(None, 0.5, 0.5, 11), Option(None, 0.52, 0.5, 9)
-        assert best_alike([bigger, chosen, worse, faster], chosen, PARAMS) == faster
-        assert best_alike([bigger, chosen, worse], chosen, PARAMS) == chosen
-
-    @settings(max_examples=150, deadline=None)
-    @given(
-        menus=st.lists(
-            st.lists(st.tuples(st.integers(1, 40), st.integers(0, 64)), min_size=1, max_size=5), min_size=1, max_size=5
-        ),
-        room=st.floats(0, 1),
-        data=st.data(),
-    )
-    def test_against_brute_force(self, menus: list[list[tuple[int, int]]], room: float, data: st.DataObject) -> None:
-        options = [self.options(menu) for menu in menus]
-        weights = data.draw(st.lists(st.integers(1, 3), min_size=len(menus), max_size=len(menus)))
-        least = sum(min(o.params for o in menu) for menu in options)
-        most = sum(max(o.params for o in menu) for menu in options)
-        limit = int(least + room * (most - least))
-
-        def cost(choice: Sequence[Option]) -> float:
-            return sum(weight * option.error2 for weight, option in zip(weights, choice, strict=True))
-
-        allowed = [c for c in itertools.product(*options) if sum(o.params for o in c) <= limit]
-        chosen = solve(options, weights, limit, PARAMS)
-        assert sum(o.params for o in chosen) <= limit
-        assert cost(chosen) <= min(map(cost, allowed)) * (1 + solver.RELATIVE_GAP) + 1e-9
-
-    def test_small_losses_are_weighed_like_large_ones(self, block: list[Candidate]) -> None:
-        config = MonarchConfig(require_speedup=False)
-        errors = tails(block, config, lambda name: 0.5 if name.endswith("o") else 1.0)
-        losses = {c.name: 1.0 + i for i, c in enumerate(block)}
-        plans = [
-            decided(block, 0.5, config, errors=errors, losses={name: scale * loss for name, loss in losses.items()})
-            for scale in (1.0, 1e-9)
-        ]
-        large, small = (sum(losses[name] * d.error**2 for name, d in plan.items()) for plan in plans)
-        assert small == pytest.approx(large, rel=solver.ALIKE + solver.RELATIVE_GAP)
-
-    def test_a_time_limit_that_hits_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        rng = np.random.default_rng(0)
-        options = [self.options([(int(p), int(1e6 / p)) for p in rng.integers(1, 1000, 20)]) for _ in range(50)]
-        least = sum(min(o.params for o in menu) for menu in options)
-        monkeypatch.setattr(solver, "TIME_LIMIT_S", 1e-6)
-        with pytest.warns(MonarchWarning, match=r"best found in|No plan was found"):
-            chosen = solve(options, [1.0] * 50, 2 * least, PARAMS)
-        assert sum(o.params for o in chosen) <= 2 * least
-
-
 class TestDecide:
     @pytest.mark.parametrize("budget", [0.3, 0.5, 0.7])
     def test_reaches_the_budget(self, block: list[Candidate], budget: float) -> None:
@@ -278,6 +214,17 @@ class TestDecide:
         assert up.shape in asked
         assert len(set(asked)) == len(asked)  # nothing is projected twice
         assert (1, 1) not in {(shape.nblocks_out, shape.nblocks_in) for shape in asked}  # that is exact
+
+    def test_small_losses_are_weighed_like_large_ones(self, block: list[Candidate]) -> None:
+        config = MonarchConfig(require_speedup=False)
+        errors = tails(block, config, lambda name: 0.5 if name.endswith("o") else 1.0)
+        losses = {c.name: 1.0 + i for i, c in enumerate(block)}
+        plans = [
+            decided(block, 0.5, config, errors=errors, losses={name: scale * loss for name, loss in losses.items()})
+            for scale in (1.0, 1e-9)
+        ]
+        large, small = (sum(losses[name] * d.error**2 for name, d in plan.items()) for plan in plans)
+        assert small == pytest.approx(large, rel=solver.ALIKE + solver.RELATIVE_GAP)
 
     def test_a_repeated_call_weighs_as_often(self) -> None:
         once, often = candidate("once", 256, 256), candidate("often", 256, 256, shares=[1.0] * 5)

@@ -59,6 +59,20 @@ def check_unwrapped(model: Any) -> None:
             raise WrappedModelError(f"The model is sharded by FSDP{where}: rewrite it before it is sharded.")
 
 
+def check_teacher(teacher: Any, model: nn.Module, plan: Plan) -> None:
+    """Whether ``teacher`` is of the architecture that ``model`` was made from by ``plan``.
+
+    Raises:
+        NotAModuleError, WrappedModelError: As ``check_model``.
+        PlanMismatchError: It is not.
+    """
+    if fingerprint(check_model(teacher)) != plan.fingerprint:
+        raise PlanMismatchError(
+            f"The teacher, a {type(teacher).__name__}, has another architecture than the model that this "
+            f"{type(model).__name__} was made from: names, shapes or ties of parameters differ."
+        )
+
+
 def check_weights(model: nn.Module, candidates: Sequence[Candidate], *, values: bool) -> None:
     """Whether every candidate's weight can be projected; its numbers are only looked at where ``values`` is set.
 

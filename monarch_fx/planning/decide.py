@@ -10,52 +10,19 @@ from operator import attrgetter
 import numpy as np
 
 from monarch_fx.config import MonarchConfig
-from monarch_fx.costs import DeviceProfile, break_even_tokens, dense_seconds, monarch_seconds
+from monarch_fx.costs import DeviceProfile, break_even_tokens
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
 from monarch_fx.planning.options import Option, is_forced, shapes
 from monarch_fx.planning.refine import Measure, Refined, choose
 from monarch_fx.planning.solver import Size, pareto
+from monarch_fx.planning.workload import Run
 from monarch_fx.records import Candidate, Decision
-from monarch_fx.structure import MonarchShape
 
 Errors = Mapping[str, Mapping[tuple[int, int], Sequence[float]]]
 SURELY_FASTER = 0.95  # of the dense product's time: a prediction errs by 5 % in the median
-OBJECTIVES: Mapping[str, Size] = {
-    "params": attrgetter("params"),
-    "latency": attrgetter("time_s"),
-}  # what a budget limits
+# What a budget limits.
+OBJECTIVES: Mapping[str, Size] = {"params": attrgetter("params"), "latency": attrgetter("time_s")}
 NAMED = 5  # products that a message lists before it says how many more there are
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the times are predicted for."""
-
-    profile: DeviceProfile
-    tokens: Mapping[int, float]
-    workload: str
-    dtype: str
-
-    def rows(self, candidate: Candidate) -> dict[int, float]:
-        """Rows per call -> weight, over all calls; weights of the token counts sum to one."""
-        total = sum(self.tokens.values())
-        rows: dict[int, float] = {}
-        for tokens, weight in self.tokens.items():
-            for count in candidate.token_counts(tokens):
-                rows[count] = rows.get(count, 0.0) + weight / total
-        return rows
-
-    def seconds(self, candidate: Candidate, shape: MonarchShape | None) -> float:
-        """Predicted seconds of all calls in one run, mean over the token counts."""
-        rows = self.rows(candidate)
-        counts = np.array(list(rows))
-        batch, dtype, workload = candidate.batch, self.dtype, self.workload
-        if shape is None:
-            size = candidate.in_features, candidate.out_features
-            times = dense_seconds(self.profile, counts, *size, batch=batch, dtype=dtype, workload=workload)
-        else:
-            times = monarch_seconds(self.profile, counts, shape, batch=batch, dtype=dtype, workload=workload)
-        return float(np.dot(times, list(rows.values())))
 
 
 @dataclass(frozen=True)

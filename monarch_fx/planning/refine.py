@@ -88,20 +88,20 @@ def choose(products: Sequence[Refined], weights: Sequence[float], limit: float, 
         best = solve(options, weights, limit, size)
         return [best_alike(choices, option, size) for choices, option in zip(options, best, strict=True)]
 
-    chosen = solved()
-    if all(product.measure is None for product in products):
-        return chosen
-    at = price([product.options for product in products], weights, limit, size)
-    rough = [(p, o) for p, weight in zip(products, weights, strict=True) for o in p.contenders(weight, at, size)]
-    with tqdm(total=len(rough), desc="projections", unit="grid", leave=False) as bar:
-        while rough:
+    rough: list[tuple[Refined, Option]] = []
+    if any(product.measure is not None for product in products):
+        at = price([product.options for product in products], weights, limit, size)
+        rough = [(p, o) for p, weight in zip(products, weights, strict=True) for o in p.contenders(weight, at, size)]
+    with tqdm(total=len(rough), desc="projections", unit="grid", leave=False, disable=not rough) as bar:
+        while True:
             for product, option in rough:
                 product.measured(option)
                 bar.update()
             chosen = solved()
             rough = [(p, option) for p, option in zip(products, chosen, strict=True) if p.is_rough(option)]
+            if not rough:
+                return chosen
             bar.total += len(rough)
-    return chosen
 
 
 def _grid(shape: MonarchShape) -> Grid:

@@ -7,7 +7,7 @@ from torch import nn
 from monarch_fx.api import report
 from monarch_fx.costs import resolve
 from monarch_fx.costs.shipped import SHIPPED
-from monarch_fx.planning.decide import Run
+from monarch_fx.planning.workload import Run
 from monarch_fx.records import Decision, TrainingSummary
 
 

@@ -1,0 +1,80 @@
+"""What a plan's times are predicted for: tokens, dtype, device, with or without a backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds
+from monarch_fx.errors import ConfigError
+from monarch_fx.records import Candidate
+from monarch_fx.structure import MonarchShape
+
+DEFAULT_TOKENS = 4096
+
+Tokens = int | Mapping[int, float] | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the times are predicted for."""
+
+    profile: DeviceProfile
+    tokens: Mapping[int, float]
+    workload: str
+    dtype: str
+
+    def rows(self, candidate: Candidate) -> dict[int, float]:
+        """Rows per call -> weight, over all calls; weights of the token counts sum to one."""
+        total = sum(self.tokens.values())
+        rows: dict[int, float] = {}
+        for tokens, weight in self.tokens.items():
+            for count in candidate.token_counts(tokens):
+                rows[count] = rows.get(count, 0.0) + weight / total
+        return rows
+
+    def seconds(self, candidate: Candidate, shape: MonarchShape | None) -> float:
+        """Predicted seconds of all calls in one run, mean over the token counts."""
+        rows = self.rows(candidate)
+        counts = np.array(list(rows))
+        batch, dtype, workload = candidate.batch, self.dtype, self.workload
+        if shape is None:
+            size = candidate.in_features, candidate.out_features
+            times = dense_seconds(self.profile, counts, *size, batch=batch, dtype=dtype, workload=workload)
+        else:
+            times = monarch_seconds(self.profile, counts, shape, batch=batch, dtype=dtype, workload=workload)
+        return float(np.dot(times, list(rows.values())))
+
+
+def token_mix(tokens: Tokens, candidates: Sequence[Candidate], given: bool) -> tuple[dict[int, float], str]:
+    """The token counts that are planned for, with weights whose sum is 1, and where they come from.
+
+    Args:
+        tokens: As of ``monarch_fx.plan``.
+        candidates: Their calls tell how many tokens the captured inputs have.
+        given: Whether these inputs are the user's.
+
+    Raises:
+        ConfigError: ``tokens`` has no meaning.
+    """
+    if tokens is not None:
+        mix = dict(tokens) if isinstance(tokens, Mapping) else {tokens: 1.0}
+        numbers = all(isinstance(t, int) and not isinstance(t, bool) and t > 0 for t in mix)
+        if not mix or not numbers or not all(weight > 0 for weight in mix.values()):
+            raise ConfigError(f"tokens must be a positive integer or {{tokens: weight}}, got {tokens!r}.")
+        total = sum(mix.values())
+        return {t: weight / total for t, weight in mix.items()}, "given"
+    main = [call.count for candidate in candidates for call in candidate.calls if call.share == 1.0 and call.count]
+    if given and main:
+        return {main[0]: 1.0}, "from example_inputs"
+    return {DEFAULT_TOKENS: 1.0}, "default, since no example_inputs say how many a run has"
+
+
+def planned_dtype(candidates: Sequence[Candidate]) -> str:
+    """The dtype that most parameters have."""
+    sizes: dict[str, int] = {}
+    for candidate in candidates:
+        sizes[candidate.dtype] = sizes.get(candidate.dtype, 0) + candidate.params
+    return max(sizes, key=lambda dtype: sizes[dtype])
