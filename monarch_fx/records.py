@@ -278,8 +278,8 @@ class Recovery:
     """What distillation did to a rewritten model.
 
     Attributes:
-        before: Distance of its outputs from the teacher's on held-out batches, a token: the divergence of logits, or
-            half the relative squared error of the output.
+        before: Distance of its outputs from the teacher's, mean over held-out batches: the divergence of logits a
+            token, or half the relative squared error of the output.
         after: The same at the end.
         steps: Of one batch each.
         seconds: Wall-clock time.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import monarch_fx as mfx
-from monarch_fx.errors import ConfigError, MonarchError, PlanMismatchError
+from monarch_fx.errors import ConfigError, MonarchError, PlanMismatchError, WrappedModelError
 
 
 class Model(nn.Module):
@@ -232,6 +232,15 @@ def test_hidden_tokens_teach_nothing() -> None:
     torch.testing.assert_close(models[0], models[1])
 
 
+def test_a_single_step_is_one() -> None:
+    torch.manual_seed(7)
+    teacher, batches = Model(), texts()
+    model = made(teacher, batches[0])
+    before = copy.deepcopy(model.state_dict())
+    mfx.recover(model, teacher, batches, steps=1)
+    assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_refusals(tmp_path: Path) -> None:
     teacher, batches = Model(), texts(3)
     model = made(teacher, batches[0])
@@ -254,7 +263,17 @@ def test_refusals(tmp_path: Path) -> None:
         mfx.recover(model, nn.Linear(3, 4), batches, steps=1)
     with pytest.raises(ConfigError, match="lies in a folder that doesn't exist"):
         mfx.recover(model, teacher, batches, steps=1, checkpoint=tmp_path / "none" / "recovery.pt")
+    with pytest.raises(PlanMismatchError, match="The teacher, a Linear, has another architecture"):
+        mfx.measure_loss(model, nn.Linear(3, 4), batches)
+    with pytest.raises(WrappedModelError, match="_orig_mod"):
+        mfx.recover(model, torch.compile(teacher), batches, steps=1)
     file = tmp_path / "other.pt"
+    file.write_bytes(b"torn")
+    with pytest.raises(ConfigError, match=r"other\.pt can't be read as one of recover"):
+        mfx.recover(model, teacher, batches, steps=1, checkpoint=file)
+    torch.save([1, 2], file)
+    with pytest.raises(ConfigError, match="not that of a model with these factors"):
+        mfx.recover(model, teacher, batches, steps=1, checkpoint=file)
     torch.save({"wide": {"w": torch.zeros(3)}}, file)
     with pytest.raises(ConfigError, match="not that of a model with these factors"):
         mfx.recover(model, teacher, batches, steps=1, checkpoint=file)

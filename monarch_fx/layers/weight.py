@@ -229,9 +229,9 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
         R, L = getattr(self, f"R{suffix}"), getattr(self, f"L{suffix}")
         return Monarch(R, L, in_features=shape.in_features, out_features=shape.out_features)
 
-    def factors(self) -> list[nn.Parameter]:
-        """R and L of every structured piece."""
-        return [p for name, p in self._parameters.items() if p is not None and name.startswith(("R", "L"))]
+    def named_factors(self) -> list[tuple[str, nn.Parameter]]:
+        """R and L of every structured piece, with their names."""
+        return [(name, p) for name, p in self._parameters.items() if p is not None and name.startswith(("R", "L"))]
 
     def multiplied_out(self) -> nn.Parameter:
         """A dense parameter with the same values."""

@@ -17,8 +17,7 @@ from monarch_fx.passes.calibrate import observed
 from monarch_fx.passes.inputs import Inputs
 from monarch_fx.records import Candidate, Plan
 
-# Candidate, inputs and outputs of the dense product, inputs and outputs of the rewritten one -> what that one gives.
-Compare = Callable[[Candidate, Tensor, Tensor, Tensor, Tensor], Tensor]
+Compare = Callable[[Tensor, Tensor], Tensor]  # outputs of the dense product and of the rewritten one -> what that gives
 
 
 class Pair:
@@ -35,7 +34,7 @@ class Pair:
         self.weights = {name: cast(MonarchWeight, model.get_submodule(name)) for name in self._jobs}
         candidates = [candidate for mine in self._jobs.values() for candidate in mine]
         self.teacher = observed(teacher, candidates, self._hear).eval().requires_grad_(False)
-        self._heard: dict[Any, list[tuple[Tensor, Tensor]]] | None = None
+        self._heard: dict[Any, list[tuple[torch.Size, Tensor]]] | None = None
 
     def run(self, inputs: Inputs, compare: Compare) -> None:
         """Runs both, the dense one without gradients, and tells ``compare`` of every product of the rewritten weights,
@@ -55,14 +54,14 @@ class Pair:
 
     def _hear(self, candidates: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
         if self._heard is not None:
-            self._heard[candidates[match.piece].name, str(match)].append((x, y))
+            self._heard[candidates[match.piece].name, str(match)].append((x.shape, y))
         return y
 
     def _compare(self, candidates: Sequence[Candidate], compare: Compare, match: Match, x: Tensor, y: Tensor) -> Tensor:
         assert self._heard is not None
         candidate = candidates[match.piece]
         heard = self._heard[candidate.name, str(match)]
-        dense = heard.pop(0) if heard else None
-        if dense is None or dense[0].shape != x.shape or match.flipped or candidate.batch > 1:
+        shape, wanted = heard.pop(0) if heard else (None, y)
+        if shape != x.shape or match.flipped or candidate.batch > 1:
             return y.detach()
-        return compare(candidate, *dense, x, y)
+        return compare(wanted, y)

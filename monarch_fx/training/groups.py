@@ -47,7 +47,7 @@ def parameter_groups(
                 f"{name} must be {'at least' if name == 'weight_decay' else 'more than'} 0, got {value!r}."
             )
     weights = [module for module in model.modules() if isinstance(module, MonarchWeight)]
-    factors = {id(p) for weight in weights for p in weight.factors()}
+    factors = {id(p) for weight in weights for _, p in weight.named_factors()}
     pieces = {id(p) for weight in weights for p in weight.parameters()} - factors  # of packed weights, kept dense
     groups: dict[str, list[nn.Parameter]] = {MATRICES: [], "vectors": [], FACTORS: []}
     for p in model.parameters():

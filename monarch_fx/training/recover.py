@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import time
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,15 +21,15 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from monarch_fx import api
-from monarch_fx.errors import ConfigError, PlanMismatchError
+from monarch_fx.errors import ConfigError
 from monarch_fx.passes import checks
 from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
 from monarch_fx.passes.losses import attention_mask, counted, distance, relative_error
 from monarch_fx.passes.pair import Pair
-from monarch_fx.records import Candidate, Recovery
+from monarch_fx.records import Recovery
 
 LAYERWISE = 0.1  # of the run; more was no better (SmolLM2-135M, layers 10 to 19 at 0.5)
-WARM_UP = 0.05  # of each of its two stages
+WARM_UP = 5  # steps of each of its two stages
 HELD_OUT, MOST_HELD_OUT = 0.1, 8  # of the batches
 LOOKS = 4  # at the held-out batches
 SAVED_EVERY_S = 60.0
@@ -45,6 +46,8 @@ def recover(
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> nn.Module:
     """Distils the dense model into the factors of the rewritten one, in place; nothing else of it is trained.
+
+    Experts take no part in the first stage: the two models may send them other tokens.
 
     A tenth of the batches, one to eight of them, is held out, and the factors that came nearest to the teacher there
     are kept: those that ``model`` came with, where training makes nothing better. So it is after an interruption, too.
@@ -67,16 +70,13 @@ def recover(
         ConfigError: Not exactly one of ``minutes`` and ``steps`` is given, a value has no meaning, there are too few
             batches, or the checkpoint is that of another model or in a folder that doesn't exist.
         PlanMismatchError: ``teacher`` is of another architecture.
+        NotAModuleError, WrappedModelError: ``teacher`` is no plain module.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
     report = api.report(model)
     _check_arguments(minutes, steps, lr)
     check_batches(batches, "batches")
-    if checks.fingerprint(teacher) != report.plan.fingerprint:
-        raise PlanMismatchError(
-            f"The teacher, a {type(teacher).__name__}, has another architecture than the model that this "
-            f"{type(model).__name__} was made from: names, shapes or ties of parameters differ."
-        )
+    checks.check_teacher(teacher, model, report.plan)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"checkpoint={str(checkpoint)!r} lies in a folder that doesn't exist: make it first.")
@@ -116,8 +116,7 @@ class _Distances:
         self.factors = {
             f"{name}.{key}": factor
             for name, weight in self.pair.weights.items()
-            for key, factor in weight.named_parameters()
-            if key[0] in "RL"
+            for key, factor in weight.named_factors()
         }
 
     def of_outputs(self, inputs: Inputs) -> Tensor:
@@ -129,9 +128,9 @@ class _Distances:
         """Sum of the relative squared errors of the products' outputs; each depends on its own factors alone."""
         mask, errors = attention_mask(inputs.kwargs), []
 
-        def compare(candidate: Candidate, dense_x: Tensor, dense_y: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        def compare(wanted: Tensor, y: Tensor) -> Tensor:
             if y.requires_grad and y.numel():
-                errors.append(relative_error(counted(y, mask).float(), counted(dense_y, mask).float()))
+                errors.append(relative_error(counted(y, mask).float(), counted(wanted, mask).float()))
             return y.detach()
 
         self.pair.run(inputs, compare)
@@ -152,7 +151,7 @@ class _Run:
         # half-precision factors would round small steps away
         self.wide = {name: _wide(factor) for name, factor in self.factors.items()}
         self.sizes = {name: float(f.detach().float().square().mean().sqrt()) for name, f in self.factors.items()}
-        self.stage, self.looked = "", 0
+        self.stage, self.in_stage, self.looked = "", 0, 0
         self.before = self.nearest = math.nan
         self.best: dict[str, Tensor] = {}
         self.optimizer = self._optimizer()
@@ -179,13 +178,13 @@ class _Run:
             ("layerwise", at / LAYERWISE) if at < LAYERWISE else ("whole", (at - LAYERWISE) / (1 - LAYERWISE))
         )
         if stage != self.stage:
-            self.stage, self.optimizer = stage, self._optimizer()  # another loss, other moments
+            self.stage, self.in_stage, self.optimizer = stage, 0, self._optimizer()  # another loss, other moments
         inputs = self._batch()
         with torch.enable_grad():
             loss = self.distances.of_products(inputs) if stage == "layerwise" else self.distances.of_outputs(inputs)
         if loss.requires_grad or stage == "whole":  # a batch may reach no product that can be compared
             loss.backward()
-        rate = self.lr * min(1.0, through / WARM_UP) * (1 + math.cos(math.pi * through)) / 2
+        rate = self.lr * min(1.0, (self.in_stage + 1) / WARM_UP) * (1 + math.cos(math.pi * through)) / 2
         for group, (name, factor) in zip(self.optimizer.param_groups, self.factors.items(), strict=True):
             group["lr"] = rate * self.sizes[name]
             wide = self.wide[name]
@@ -197,7 +196,7 @@ class _Run:
                 factor.grad = self.wide[name].grad = None
                 if self.wide[name] is not factor:
                     factor.copy_(self.wide[name])
-        self.step += 1
+        self.step, self.in_stage = self.step + 1, self.in_stage + 1
 
     def finish(self, path: Path | None) -> None:
         """Keeps the best factors."""
@@ -227,9 +226,12 @@ class _Run:
             ConfigError: The file is not that of a model with these factors.
         """
         device = next(iter(self.wide.values())).device
+        if not zipfile.is_zipfile(path):  # which torch.save writes; torch.load fails in any way on other bytes
+            raise ConfigError(f"The checkpoint {path} can't be read as one of recover: give another file.")
         state = torch.load(path, map_location=device, weights_only=True)
+        stored = state.get("wide", {}) if isinstance(state, dict) else {}
         sizes = {name: tuple(value.shape) for name, value in self.wide.items()}
-        if {name: tuple(value.shape) for name, value in state.get("wide", {}).items()} != sizes:
+        if {name: tuple(value.shape) for name, value in stored.items()} != sizes:
             raise ConfigError(f"The checkpoint {path} is not that of a model with these factors: give another file.")
         for name in _SAVED:
             setattr(self, name, state[name])
@@ -267,7 +269,7 @@ class _Run:
         return torch.optim.Adam([{"params": [wide]} for wide in self.wide.values()], betas=(0.9, 0.99))
 
 
-_SAVED = ("step", "stage", "looked", "before", "nearest", "best", "sizes")
+_SAVED = ("step", "stage", "in_stage", "looked", "before", "nearest", "best", "sizes")
 
 
 def _wide(factor: nn.Parameter) -> Tensor:
