@@ -15,6 +15,27 @@ from examples.training import picks
 TEST_SHARE = 0.1  # of the text, at its end: other articles than those that are trained on
 
 
+@dataclass(frozen=True)
+class Size:
+    """Of a language model, of the texts that it sees in a step, and of its run.
+
+    Attributes:
+        length: Tokens of a piece of text.
+        batch: Pieces in a step.
+        lr: Peak learning rate.
+    """
+
+    vocabulary: int
+    length: int
+    width: int
+    layers: int
+    heads: int
+    batch: int
+    steps: int
+    lr: float
+    test_batches: int
+
+
 @dataclass
 class Corpus:
     """Token ids of the training and of the test text; (tokens,)."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import monarch_fx as mfx
-from examples.corpus import load_corpus
+from examples.corpus import Size, load_corpus
 from examples.training import Curve, Figures, Settings, arguments, print_table, save_curves, train, write_json
 
 PAPER = (  # Dao et al. 2022, tables 2 and 6: perplexity, time of training
@@ -28,19 +27,6 @@ PAPER = (  # Dao et al. 2022, tables 2 and 6: perplexity, time of training
     ("sparse to dense", "GPT-2 medium, OpenWebText: 18.0 and dense 18.0, 2x faster"),
 )
 DENSE_SHARE = 0.1  # of the steps, at the end
-
-
-@dataclass(frozen=True)
-class Size:
-    vocabulary: int
-    length: int
-    width: int
-    layers: int
-    heads: int
-    batch: int
-    steps: int
-    lr: float
-    test_batches: int
 
 
 SMALL = Size(1024, 64, 256, 3, 4, 8, 200, 1e-3, 20)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
 import monarch_fx as mfx
-from examples.corpus import load_corpus
+from examples.corpus import Size, load_corpus
 from examples.training import (
     Curve,
     Figures,
@@ -39,19 +38,6 @@ SPARSE_SHARE = 0.7  # of the steps, at the start
 MASKED = 0.15  # of the tokens; of them 80 % become the mask, 10 % another token (Devlin et al. 2018)
 MASK = 0  # its id: the tokeniser's first byte, "!", is given up
 IGNORED = -100
-
-
-@dataclass(frozen=True)
-class Size:
-    vocabulary: int
-    length: int
-    width: int
-    layers: int
-    heads: int
-    batch: int
-    steps: int
-    lr: float
-    test_batches: int
 
 
 SMALL = Size(1024, 64, 256, 3, 4, 8, 250, 1e-3, 20)
