@@ -152,8 +152,7 @@ class Monarch:
     def __call__(self, x: Tensor) -> Tensor:
         """``x W^T``: (..., in_features) -> (..., out_features), the product's definition in two einsums.
 
-        A batch of matrices takes x of shape (B, ..., in_features). A real x may meet complex
-        factors, and the reverse.
+        A batch of matrices takes x of shape (B, ..., in_features). A real x may meet complex factors, and the reverse.
         """
         R, L = self.R, self.L
         if R.is_complex() != x.is_complex():
