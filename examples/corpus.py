@@ -10,7 +10,7 @@ from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
 from examples.demo import wikipedia_articles
-from examples.training import picks
+from examples.training import device, picks
 
 TEST_SHARE = 0.1  # of the text, at its end: other articles than those that are trained on
 
@@ -46,13 +46,16 @@ class Corpus:
 
     def batch(self, step: int, size: int, length: int, seed: int) -> Tensor:
         """Pieces of the training text; (size, length)."""
-        starts = picks(len(self.train) - length, size, step, seed)
-        return torch.stack([self.train[start : start + length] for start in starts.tolist()])
+        starts = picks(len(self.train) - length, size, step, seed).to(self.train.device)
+        return self.train[starts.unsqueeze(-1) + torch.arange(length, device=self.train.device)]
 
     def test_batches(self, size: int, length: int, count: int) -> list[Tensor]:
         """``count`` batches, or as many as there are, of the test text, one piece after the other."""
         pieces = self.test[: len(self.test) // length * length].view(-1, length)
         return list(pieces.split(size))[:count]
+
+    def __str__(self) -> str:
+        return f"{len(self.train):,} tokens of text to train on, {len(self.test):,} to test, {self.vocabulary:,} kinds"
 
 
 def load_corpus(file: Path | None, vocabulary: int) -> Corpus:
@@ -70,4 +73,6 @@ def load_corpus(file: Path | None, vocabulary: int) -> Corpus:
     def ids(part: list[str]) -> Tensor:
         return torch.tensor([number for line in tokenizer.encode_batch(part) for number in line.ids])
 
-    return Corpus(ids(lines[:cut]), ids(lines[cut:]), tokenizer.get_vocab_size())
+    corpus = Corpus(ids(lines[:cut]).to(device()), ids(lines[cut:]).to(device()), tokenizer.get_vocab_size())
+    print(corpus, flush=True)
+    return corpus

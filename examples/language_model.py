@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import monarch_fx as mfx
 from examples.corpus import Size, load_corpus
-from examples.training import Curve, Figures, Settings, arguments, print_table, save_curves, train, write_json
+from examples.curves import Curve, milliseconds, print_table, save_curves, spread, write_json
+from examples.training import Figures, Settings, arguments, seeds, train, with_factors
 
 PAPER = (  # Dao et al. 2022, tables 2 and 6: perplexity, time of training
     ("dense", "GPT-2 small, WikiText-103: 20.6, 1x"),
@@ -41,34 +41,38 @@ def main() -> int:
     steps = options.steps or size.steps
     corpus = load_corpus(options.data, size.vocabulary)
     test = corpus.test_batches(size.batch, size.length, size.test_batches)
-    settings = Settings(options.out, steps, size.lr, seed=options.seed, full=options.full)
 
-    def batch(step: int) -> Tensor:
-        return corpus.batch(step, size.batch, size.length, options.seed).to(settings.device)
+    def build() -> nn.Module:
+        return gpt2(size, corpus.vocabulary)
 
     def evaluate(model: nn.Module) -> Figures:
-        return {"test loss": statistics.mean(loss(model, ids.to(settings.device)).item() for ids in test)}
+        return {"test loss": statistics.mean(loss(model, ids).item() for ids in test)}
 
-    curves: dict[str, Curve] = {}
+    runs: dict[str, list[Curve]] = {name: [] for name, _ in PAPER}
     params: dict[str, str] = {}
-    for name, densify_at in (
-        ("dense", None),
-        ("monarch", None),
-        ("sparse to dense", round((1 - DENSE_SHARE) * steps)),
-    ):
-        torch.manual_seed(options.seed)
-        model = gpt2(size, corpus.vocabulary)
-        if name != "dense":
-            model = mfx.monarchify(
-                model, config=mfx.MonarchConfig(nblocks=4), init="random", tokens=size.batch * size.length
-            )
-            if name == "monarch":
-                print(mfx.training_summary(model), flush=True)
-        before = count(model)
-        curves[name] = train(name, model, loss, batch, settings.until(densify_at), evaluate)
-        params[name] = before if count(model) == before else f"{before} -> {count(model)}"
-    save_curves(options.out, curves, "test loss", vars(options))
-    report(curves, params, options.out)
+    saved_s = 0.0
+    for seed in seeds(options):
+        settings = Settings(options.out, steps, size.lr, seed=seed, full=options.full)
+
+        def batch(step: int, seed: int = seed) -> Tensor:
+            return corpus.batch(step, size.batch, size.length, seed)
+
+        for name, densify_at in (
+            ("dense", None),
+            ("monarch", None),
+            ("sparse to dense", round((1 - DENSE_SHARE) * steps)),
+        ):
+            torch.manual_seed(seed)
+            if name == "dense":
+                model = build()
+            else:
+                model, saved_s = with_factors(build, full=options.full, tokens=size.batch * size.length)
+            before = count(model)
+            curve = train(f"{name}, seed {seed}", model, loss, batch, settings.until(densify_at), evaluate)
+            runs[name].append(curve)
+            params[name] = before if count(model) == before else f"{before} -> {count(model)}"
+            save_curves(options.out, runs, "test loss", vars(options))
+        report(runs, params, saved_s, options.out)
     return 0
 
 
@@ -99,17 +103,23 @@ def count(model: nn.Module) -> str:
     return f"{sum(p.numel() for p in model.parameters()):,}"
 
 
-def report(curves: dict[str, Curve], params: dict[str, str], out: Path) -> None:
-    """One row a run: at equal tokens, and at the time that the fastest took for them."""
-    fastest = min(curve.seconds(curve.evaluated[-1]) for curve in curves.values())
-    header = ("run", "parameters", "loss", "perplexity", f"loss at {fastest:.0f} s", "ms a step", "in the paper")
+def report(runs: dict[str, list[Curve]], params: dict[str, str], saved_s: float, out: Path) -> None:
+    """One row a run: at equal tokens, and at the time that the fastest took for them, both without compilation."""
+    fastest = min(curve.seconds(curve.evaluated[-1]) for curves in runs.values() for curve in curves)
+    header = ("run", "parameters", "loss", "perplexity", f"loss at {fastest:.0f} s", "ms a step", "predicted")
     rows, figures = [], {}
-    for name, curve in curves.items():
-        final, at_time, step_s = curve.last("test loss"), curve.at_time("test loss", fastest), curve.step_seconds()
-        figures[name] = {"parameters": params[name], "loss": final, "loss at equal time": at_time, "step_s": step_s}
-        row = (params[name], f"{final:.3f}", f"{math.exp(final):.1f}", f"{at_time:.3f}", f"{step_s * 1e3:.1f}")
-        rows.append((name, *row, dict(PAPER)[name]))
-    print_table(header, rows)
+    dense_s = statistics.fmean(curve.step_seconds() for curve in runs["dense"])
+    for name, curves in runs.items():
+        final = [curve.last("test loss") for curve in curves]
+        at_time = [curve.at_time("test loss", fastest) for curve in curves]
+        steps = [statistics.fmean(times) for times in zip(*(curve.phases() for curve in curves), strict=True)]
+        predicted = dense_s if name == "dense" else dense_s - saved_s
+        figures[name] = {"parameters": params[name], "loss": final, "loss at equal time": at_time, "step_s": steps}
+        figures[name] |= {"predicted_step_s": predicted, "left_out_s": [curve.left_out_s for curve in curves]}
+        perplexity = math.exp(statistics.fmean(final))
+        row = (params[name], spread(final, ".3f"), f"{perplexity:.1f}", spread(at_time, ".3f"), milliseconds(steps))
+        rows.append((name, *row, f"{predicted * 1e3:.1f}", dict(PAPER)[name]))
+    print_table((*header, "in the paper"), rows)
     write_json(out / "figures.json", figures)
 
 

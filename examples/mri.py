@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.training import Figures, Settings, arguments, picks, print_table, save_curves, train, write_json
+from examples.curves import Curve, print_table, save_curves, save_images, spread, write_json
+from examples.training import Figures, Settings, arguments, device, picks, seeds, train
 from monarch_fx.transforms import LearnedTransform, idft2
 
 PAPER = (  # Dao et al. 2022, table 4, its first rows; SENSE is the one with zeros, mSENSE Monarch's
@@ -65,41 +66,54 @@ class MonarchSense(nn.Module):
 def main() -> int:
     options = arguments(__doc__).parse_args()
     size = FULL if options.full else SMALL
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    coils = sensitivities(size.coils, size.side).to(device)
-    training, testing = (images.to(device) for images in (template(size.side), people(size.side)))
-    rows, results, curves, shown = [], {}, {}, [testing]
-    for acceleration in ACCELERATIONS:
-        settings = Settings(options.out, options.steps or size.steps, size.lr, seed=options.seed, weight_decay=0.0)
-        test_mask = masks(1, size.side, acceleration, seed=-1).to(device)
-        measured = measure(testing, coils, test_mask, seed=-1)
+    coils = sensitivities(size.coils, size.side).to(device())
+    training, testing = (images.to(device()) for images in (template(size.side), people(size.side)))
+    results: dict[str, dict[str, list[float]]] = {}
+    runs: dict[str, list[Curve]] = {f"{MONARCH}, {acceleration}x": [] for acceleration in ACCELERATIONS}
+    shown = {"image": testing}
+    for seed in seeds(options):
+        for acceleration in ACCELERATIONS:
+            settings = Settings(options.out, options.steps or size.steps, size.lr, seed=seed, weight_decay=0.0)
+            test_mask = masks(1, size.side, acceleration, -1, device())
+            measured = measure(testing, coils, test_mask, seed=-1)
 
-        def batch(step: int, acceleration: int = acceleration) -> tuple[Tensor, Tensor]:
-            images = training[picks(len(training), size.batch, step, options.seed).to(device)]
-            seed = step + 1_000_003 * options.seed
-            return measure(images, coils, masks(size.batch, size.side, acceleration, seed).to(device), seed), images
+            def batch(step: int, acceleration: int = acceleration, seed: int = seed) -> tuple[Tensor, Tensor]:
+                images = training[picks(len(training), size.batch, step, seed).to(device())]
+                seed = step + 1_000_003 * seed
+                return measure(images, coils, masks(size.batch, size.side, acceleration, seed, device()), seed), images
 
-        def evaluate(model: nn.Module, measured: Tensor = measured) -> Figures:
-            return quality(model(measured), testing)
+            def evaluate(model: nn.Module, measured: Tensor = measured) -> Figures:
+                return quality(model(measured), testing)
 
-        model = MonarchSense(coils)
-        name = f"{MONARCH}, {acceleration}x"
-        curves[name] = train(name, model, loss, batch, settings, evaluate)
-        iterations = best_iterations(training[:: len(training) // 50], coils, test_mask)
-        found = {ZERO: combine(measured, coils), CG: cg_sense(measured, coils, test_mask, iterations)}
-        with torch.no_grad():
-            found[MONARCH] = model(measured)
-        for method, images in found.items():
-            figures = quality(images, testing)
-            results[f"{method}, {acceleration}x"] = figures
-            rows.append([f"{method}, {acceleration}x", f"{figures['PSNR']:.2f}", f"{figures['SSIM']:.3f}"])
-            shown.append(images)
-    print_table(["", "PSNR (dB)", "SSIM"], rows)
-    print(PAPER)
-    write_json(options.out / "mri.json", {"results": results, "paper": PAPER})
-    save_curves(options.out, curves, "PSNR", {**vars(options), "size": size})
-    draw(options.out / "mri.png", ["image", *results], shown)
+            model = MonarchSense(coils)
+            name = f"{MONARCH}, {acceleration}x"
+            runs[name].append(train(f"{name}, seed {seed}", model, loss, batch, settings, evaluate))
+            found = {}
+            if seed == options.seed:  # the others have none
+                iterations = best_iterations(training[:: len(training) // 50], coils, test_mask)
+                found = {ZERO: combine(measured, coils), CG: cg_sense(measured, coils, test_mask, iterations)}
+            with torch.no_grad():
+                found[MONARCH] = model(measured)
+            for method, images in found.items():
+                kept = results.setdefault(f"{method}, {acceleration}x", {"PSNR": [], "SSIM": []})
+                for key, value in quality(images, testing).items():
+                    kept[key].append(value)
+                shown[f"{method}, {acceleration}x"] = images
+        report(results, runs, options.out)
+        save_curves(options.out, runs, "PSNR", {**vars(options), "size": size})
+        save_images(options.out, {name: images[[0, 5]].abs().cpu().numpy() for name, images in shown.items()})
     return 0
+
+
+def report(results: dict[str, dict[str, list[float]]], runs: dict[str, list[Curve]], out: Path) -> None:
+    step_s = {name: [curve.step_seconds() for curve in curves] for name, curves in runs.items()}
+    rows = []
+    for name, found in results.items():
+        time = spread(step_s[name], ".1f", 1e3) if name in step_s else "-"
+        rows.append([name, spread(found["PSNR"], ".2f"), spread(found["SSIM"], ".3f"), time])
+    print_table(["", "PSNR (dB)", "SSIM", "ms a step"], rows)
+    print(PAPER, flush=True)
+    write_json(out / "mri.json", {"results": results, "step_s": step_s, "paper": PAPER})
 
 
 def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -109,11 +123,11 @@ def loss(model: nn.Module, pair: tuple[Tensor, Tensor]) -> Tensor:
 
 def measure(images: Tensor, coils: Tensor, mask: Tensor, seed: int) -> Tensor:
     """What coils measure of real images (batch, side, side): (batch, coils, side, side), zero where not measured."""
-    noise = torch.randn(
-        len(images), *coils.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(seed % 2**63)
-    )
+    generator = torch.Generator(images.device).manual_seed(seed % 2**63)
+    sizes = len(images), *coils.shape
+    noise = torch.randn(sizes, dtype=torch.complex64, generator=generator, device=images.device)
     spectrum = torch.fft.fft2(images.unsqueeze(1) * coils, norm="ortho")
-    return mask.unsqueeze(1) * (spectrum + math.sqrt(2) * NOISE * noise.to(images.device))
+    return mask.unsqueeze(1) * (spectrum + math.sqrt(2) * NOISE * noise)
 
 
 def combine(measured: Tensor, coils: Tensor) -> Tensor:
@@ -151,12 +165,13 @@ def energy(x: Tensor) -> Tensor:
     return x.abs().square().sum((1, 2), keepdim=True)
 
 
-def masks(count: int, side: int, acceleration: int, seed: int) -> Tensor:
+def masks(count: int, side: int, acceleration: int, seed: int, at: torch.device | None = None) -> Tensor:
     """Random frequencies, ``side^2 / acceleration`` of them, dense in the middle: (count, side, side) of 0 and 1."""
-    k = torch.fft.fftfreq(side)
+    k = torch.fft.fftfreq(side, device=at)
     radius = (k.square() + k.unsqueeze(-1).square()).sqrt()
     density = (1 + (radius / 0.12).square()) ** -1.5
-    draws = torch.rand(count, side, side, generator=torch.Generator().manual_seed(seed % 2**63)).log() / density
+    generator = torch.Generator(k.device).manual_seed(seed % 2**63)
+    draws = torch.rand(count, side, side, generator=generator, device=at).log() / density
     draws = draws.where(radius > 0.06, 0.0)  # the middle is always measured
     threshold = draws.flatten(1).topk(side**2 // acceleration).values[:, -1]
     return (draws >= threshold.view(-1, 1, 1)).float()
@@ -208,32 +223,15 @@ def squares(slices: list[np.ndarray], side: int) -> Tensor:
 
 
 def quality(found: Tensor, images: Tensor) -> Figures:
-    """Means over images of PSNR and SSIM of magnitudes, of a range of 1."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+    """Means over images of PSNR and SSIM (Wang et al. 2004) of magnitudes, of a range of 1."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    pairs = list(zip(images.cpu().numpy(), found.abs().cpu().numpy(), strict=True))
+    magnitudes = found.abs()
+    errors = (magnitudes - images).square().mean((1, 2))
     return {
-        "PSNR": float(np.mean([peak_signal_noise_ratio(x, y, data_range=1) for x, y in pairs])),
-        "SSIM": float(np.mean([structural_similarity(x, y, data_range=1) for x, y in pairs])),
+        "PSNR": float(-10 * errors.log10().mean()),
+        "SSIM": float(ssim(magnitudes.unsqueeze(1), images.unsqueeze(1), data_range=1.0)),
     }
-
-
-def draw(path: Path, names: list[str], images: list[Tensor]) -> None:
-    """Two of the test images by every method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, len(images), figsize=(2.2 * len(images), 4.8))
-    for column, (name, values) in enumerate(zip(names, images, strict=True)):
-        for row, index in enumerate((0, 5)):
-            axes[row, column].imshow(values[index].abs().cpu(), cmap="gray", vmin=0, vmax=1)
-            axes[row, column].set_axis_off()
-        axes[0, column].set_title(name, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def test_fields_have_the_spectrum_asked_for() -> None:
 
 @pytest.mark.parametrize("problem", SMALL, ids=lambda problem: problem.name)
 def test_both_operators_start_with_the_same_outputs(problem: Problem) -> None:
-    x = torch.randn(2, 1, *problem.shape)
+    x = torch.randn(2, problem.seen, *problem.shape)
     outputs = []
     for learned in (False, True):
         torch.manual_seed(0)

@@ -264,7 +264,9 @@ def test_a_model_that_was_not_rewritten_has_no_summary() -> None:
 
 
 @pytest.mark.parametrize("stopped", [14, 35])
-def test_a_stopped_example_goes_on_as_if_it_had_not_been(tmp_path: Path, stopped: int) -> None:
+def test_a_stopped_example_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int
+) -> None:
     """Before and after its weights become dense, with dropout."""
 
     class Stop(Exception):  # noqa: N818
@@ -276,6 +278,8 @@ def test_a_stopped_example_goes_on_as_if_it_had_not_been(tmp_path: Path, stopped
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    monkeypatch.setattr(training, "CHECKPOINT_S", 0.0)
 
     def run(folder: str, until: int | None = None) -> tuple[nn.Module, training.Curve]:
         def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -292,6 +296,7 @@ def test_a_stopped_example_goes_on_as_if_it_had_not_been(tmp_path: Path, stopped
     model, curve = run("whole")
     with pytest.raises(Stop):
         run("stopped", until=stopped)
+    assert (tmp_path / "stopped" / "run.pt").exists()
     again, found = run("stopped")
     assert (found.figures, found.evaluated, found.densified) == (curve.figures, curve.evaluated, 30)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
