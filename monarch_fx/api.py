@@ -177,6 +177,7 @@ def monarchify(
     device: str | DeviceProfile = "auto",
     config: MonarchConfig | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
+    anchor: Iterable[Any] | None = None,
     strict: bool = False,
     work_dir: str | os.PathLike[str] | None = None,
 ) -> Any:
@@ -196,6 +197,10 @@ def monarchify(
         calibration: As for ``plan``; with a plan, too. The projection then keeps what the model's loss feels of the
             products' outputs on these inputs, and not the entries of the weights: block descent in the norms of
             E[x x^T] and E[g g^T], with g the loss gradients at the outputs.
+        anchor: Batches like those of ``calibration``, or the same. The products are then projected in the order in
+            which the model runs them, each for the inputs that the compressed ones before feed it, and so that its
+            outputs come near to those of the dense model: errors made before are mended. The batches are all in memory
+            at once, with what the model has computed of them so far.
         work_dir: A folder in which the factors of each product are kept as soon as they are projected. Called again
             after an interruption, projecting goes on where it was; factors of other weights, structures or calibration
             data are known by a hash, and made anew.
@@ -210,10 +215,10 @@ def monarchify(
     """
     if init not in ("project", "random"):
         raise ConfigError(f'init must be "project" or "random", got {init!r}.')
-    if init == "random" and calibration is not None:
-        raise ConfigError('calibration is for init="project": random factors keep nothing of the weights.')
+    if init == "random" and not (calibration is None and anchor is None):
+        raise ConfigError('calibration and anchor are for init="project": random factors keep nothing of the weights.')
     if isinstance(model, torch.export.ExportedProgram):
-        _check_runs(model, calibration)
+        _check_runs(model, calibration if anchor is None else anchor)
         options = {"plan": plan, "example_inputs": example_inputs, "include": include, "exclude": exclude}
         options |= {"tokens": tokens, "workload": workload, "objective": objective, "init": init, "device": device}
         options |= {"config": config, "strict": strict, "work_dir": work_dir}
@@ -225,6 +230,8 @@ def monarchify(
             f"{type(model).__name__} is on the meta device: it can be planned (monarch_fx.plan), and rewritten once it "
             "is loaded."
         )
+    if anchor is not None:
+        check_batches(anchor, "anchor")
     choices: dict[str, Any] = {
         "budget": budget,
         "include": include,
@@ -246,6 +253,8 @@ def monarchify(
     if calibration is not None and not planned_here:  # else the plan has read the batches, which may come only once
         calibrated = _calibrated(model, rewritten, calibration)
     maker = FactorMaker(init, {} if calibrated is None else calibrated.statistics, work_dir)
+    if anchor is not None:
+        maker.make_in_order(model, plan, anchor)
     return _carry_out(model, plan, maker, inplace, example_inputs)
 
 

@@ -6,19 +6,22 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from monarch_fx import assess
 from monarch_fx.errors import ConfigError
 from monarch_fx.layers import init_factors
+from monarch_fx.passes.anchor import compress_in_order
 from monarch_fx.passes.calibrate import Statistics
 from monarch_fx.projection import output_error, project, project_on_inputs
+from monarch_fx.records import Candidate, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 
 
@@ -40,6 +43,7 @@ class FactorMaker:
         self.init, self.statistics = init, statistics
         self.errors: dict[str, float] = {}
         self.losses: dict[str, float] = {}
+        self.made: dict[str, Monarch] = {}  # in the order of the model, before they are asked for
         self.folder = None if work_dir is None else Path(work_dir)
         if self.folder is not None:
             try:
@@ -49,21 +53,39 @@ class FactorMaker:
 
     def make(self, name: str, dense: Tensor, shape: MonarchShape) -> Monarch:
         """The structure of a dense weight (B?, out, in)."""
-        seen = self.statistics.get(name)
+        return self.made.pop(name) if name in self.made else self._make(name, dense, shape, self.statistics.get(name))
+
+    def make_in_order(self, model: nn.Module, plan: Plan, batches: Iterable[Any]) -> None:
+        """Makes all of a plan but experts, each for what the compressed model feeds it on ``batches``."""
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        shapes = {d.candidate.name: d.shape for d in plan.rewritten if d.shape is not None}
+
+        def compress(candidate: Candidate, moments: tuple[Tensor, Tensor] | None) -> Tensor:
+            name, dense = candidate.name, candidate.view.gather(parameters[candidate.parameter]).detach()
+            seen = self.statistics.get(name)
+            if moments is not None:
+                seen = Statistics(moments[0], None if seen is None else seen.gradients, moments[1])
+            self.made[name] = self._make(name, dense, shapes[name], seen)
+            return self.made[name].to_dense() - dense
+
+        compress_in_order(model, [d.candidate for d in plan.rewritten], batches, compress)
+
+    def _make(self, name: str, dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:
         if self.init == "random":
             monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
             init_factors(monarch, float(dense.float().square().mean().sqrt()))
             self.errors[name] = float("nan")
             return monarch
         monarch = self._projected(name, dense, shape, seen)
-        if seen is not None:
-            self.errors[name] = output_error(dense, monarch, seen.inputs)
+        known = self.statistics.get(name, seen)
+        if known is not None:
+            self.errors[name] = output_error(dense, monarch, known.inputs)
         else:
             wide = torch.promote_types(dense.dtype, torch.float32)
             wrong, norm = monarch.to_dense().to(wide) - dense.to(wide), dense.to(wide).norm()
             self.errors[name] = float(wrong.norm() / norm.clamp_min(torch.finfo(wide).tiny))
-        if seen is not None and seen.gradients is not None:
-            self.losses[name] = assess.loss(dense - monarch.to_dense(), seen)
+        if known is not None and known.gradients is not None:
+            self.losses[name] = assess.loss(dense - monarch.to_dense(), known)
         return monarch
 
     def _projected(self, name: str, dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:
@@ -83,7 +105,7 @@ class FactorMaker:
 def _project(dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:
     if seen is None:
         return project(dense, shape)
-    return project_on_inputs(dense, shape, seen.inputs, seen.gradients)
+    return project_on_inputs(dense, shape, seen.inputs, seen.gradients, seen.drift)
 
 
 def _read(file: Path, key: str, shape: MonarchShape, device: torch.device) -> Monarch | None:
@@ -101,7 +123,10 @@ def _key(dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> str:
     for source in sorted((Path(__file__).parent / "projection").glob("*.py")):
         digest.update(source.read_bytes())
     digest.update(repr((shape, dense.dtype, tuple(dense.shape))).encode())
-    parts = [dense] if seen is None else [dense, seen.inputs, *([] if seen.gradients is None else [seen.gradients])]
-    for part in parts:
+    known = () if seen is None else (seen.inputs, seen.gradients, seen.drift)
+    for part in (dense, *known):
+        digest.update(repr(None if part is None else tuple(part.shape)).encode())
+        if part is None:
+            continue
         digest.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -42,10 +42,13 @@ class Statistics:
         inputs: (in, in), the mean of x x^T over its inputs.
         gradients: (out, out), the sum of g g^T over its outputs for each token of the model's loss; None where no loss
             was differentiated, or it doesn't depend on the product.
+        drift: (in, in), the mean of (x - x') x'^T where ``inputs`` are those x' that a compressed model feeds it, and x
+            those of the dense one; None where they are the same.
     """
 
     inputs: Tensor
     gradients: Tensor | None
+    drift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ class _Sums:
             return y
         candidate = candidates[match.piece]
         rows = self._counted(x)
-        _add(self.inputs, candidate.name, rows, rows.shape[1])
+        add_products(_sum(self.inputs, candidate.name, rows, rows.shape[1]), rows, rows)
         self.counts[candidate.name] = self.counts.get(candidate.name, 0) + len(rows)
         if self.anchor is not None:
             y = y + self.anchor
@@ -126,7 +129,9 @@ class _Sums:
         return y
 
     def _feel(self, candidate: Candidate, part: slice | None, gradient: Tensor) -> None:
-        _add(self.gradients, candidate.name, self._counted(gradient), candidate.out_features, part)
+        rows = self._counted(gradient)
+        total = _sum(self.gradients, candidate.name, rows, candidate.out_features)
+        add_products(total if part is None else total[part, part], rows, rows)
 
     def _counted(self, x: Tensor) -> Tensor:
         return counted(x.detach(), self.mask)
@@ -148,13 +153,15 @@ class _Sums:
         return found
 
 
-def _add(sums: dict[str, Tensor], name: str, rows: Tensor, size: int, part: slice | None = None) -> None:
-    """Adds the sum of r r^T over the rows to ``sums[name]`` (size, size), or to a diagonal block of it."""
-    total = sums.setdefault(name, rows.new_zeros(size, size, dtype=torch.float64))
-    total = total if part is None else total[part, part]
-    wide = torch.promote_types(rows.dtype, torch.float32)
-    for some in rows.split(ROWS_AT_ONCE):
-        total += (some.to(wide).mT @ some.to(wide)).double()
+def _sum(sums: dict[str, Tensor], name: str, rows: Tensor, size: int) -> Tensor:
+    return sums.setdefault(name, rows.new_zeros(size, size, dtype=torch.float64))
+
+
+def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds the sum of l r^T over rows (tokens, features) to ``total``."""
+    wide = torch.promote_types(left.dtype, torch.float32)
+    for a, b in zip(left.split(ROWS_AT_ONCE), right.split(ROWS_AT_ONCE), strict=True):
+        total += (a.to(wide).mT @ b.to(wide)).double()
 
 
 def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any]) -> Calibration:

@@ -9,6 +9,9 @@ each step of which is exact:
     M_jk = best rank-r approximation of T_jk in the norms of G_jj and C_kk
 
 and by a least-squares fit of the L_j, row by row, at the end. None of them can make the error larger.
+
+Where M gets other inputs x' than W, those of a model that is compressed already, C = E[x' x'^T], and what M is to come
+near to is the regression of W x on x', ``W + W E[(x - x') x'^T] C^-1``.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ RIDGE = 1e-12
 
 
 @torch.no_grad()
-def project_on_inputs(weight: Tensor, shape: MonarchShape, gram: Tensor, gradients: Tensor | None = None) -> Monarch:
+def project_on_inputs(
+    weight: Tensor, shape: MonarchShape, gram: Tensor, gradients: Tensor | None = None, drift: Tensor | None = None
+) -> Monarch:
     """The Monarch matrix of this shape whose outputs are nearest to those of ``weight``.
 
     Args:
@@ -37,6 +42,8 @@ def project_on_inputs(weight: Tensor, shape: MonarchShape, gram: Tensor, gradien
         shape: Size, grid and rank.
         gram: (in, in), the mean of x x^T over calibration inputs.
         gradients: (out, out), the mean of g g^T over loss gradients at the outputs; None: all outputs count alike.
+        drift: (in, in), the mean of (x - x') x'^T, where ``gram`` is that of other inputs x' than those x that
+            ``weight`` is multiplied with; None: they are the same.
 
     Returns:
         Factors in the weight's dtype, on its device. Never worse on those inputs than ``project``.
@@ -47,7 +54,10 @@ def project_on_inputs(weight: Tensor, shape: MonarchShape, gram: Tensor, gradien
     check_weight(weight)
     C, G = _metrics(weight, shape, gram, gradients)
     best = project(weight, shape)
-    monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, weight.dtype, weight.device)
+    if drift is not None:
+        step = torch.cholesky_solve(drift.to(C.device).double().mT, torch.linalg.cholesky(C)).mT
+        weight = weight.detach().double() @ (torch.eye(len(C), dtype=C.dtype, device=C.device) + step)
+    monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, best.R.dtype, weight.device)
     parts = (weight.detach(), monarch.L, monarch.R)
     for matrix, L, R in zip(*(t if weight.ndim == 3 else t[None] for t in parts), strict=True):
         left, right = balanced(*_descend(matrix.double(), shape, C, G, SWEEPS))

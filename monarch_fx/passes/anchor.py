@@ -1,0 +1,102 @@
+"""Products are compressed in the order in which the model runs them, each for what the compressed ones before feed it.
+
+Every batch runs twice, side by side with all others: as the dense model, with inputs x, and as the compressed one, with
+inputs x'. At a product all of them wait until it is compressed. Its outputs are to come near to those of the dense
+model, W x, from x': errors made before are mended as far as they can be told from x'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from monarch_fx.errors import ConfigError
+from monarch_fx.layers.match import Match
+from monarch_fx.passes.abreast import Run, side_by_side, this_run
+from monarch_fx.passes.calibrate import add_products, observed
+from monarch_fx.passes.inputs import check_batches, user_inputs
+from monarch_fx.passes.losses import counted
+from monarch_fx.records import Candidate
+
+# A product, E[x' x'^T] and E[(x - x') x'^T], or None where they can't be told -> how much its matrix changes.
+Compress = Callable[[Candidate, "tuple[Tensor, Tensor] | None"], Tensor]
+
+
+def compress_in_order(
+    model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any], compress: Compress
+) -> None:
+    """Calls ``compress`` for every candidate, while the model runs; the model itself is left as it was.
+
+    Products that run several times, and so see several kinds of inputs, come first, without moments; those that no
+    batch reaches, last. Experts are left out, and stay dense meanwhile: the two runs may send them other tokens.
+
+    Args:
+        model: The dense model; it is run in eval mode.
+        candidates: What is compressed.
+        batches: Real inputs, all of them kept on the model's device, with what the model has computed of them so far.
+
+    Raises:
+        ConfigError: ``batches`` is a single batch, or empty, or gives a product NaN or infinite values.
+        ExampleInputsError: A batch doesn't fit the model's forward.
+    """
+    check_batches(batches, "anchor")
+    device = next(model.parameters()).device
+    inputs = [user_inputs(model, batch).on(device) for batch in batches]
+    if not inputs:
+        raise ConfigError("anchor has no batches: an iterator that calibration has read already can't be read again.")
+    plain = {c.name: c for c in candidates if c.batch == 1}
+    changes: dict[str, Tensor] = {}
+    twins: set[Run] = set()
+
+    def observe(mine: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
+        name, run = mine[match.piece].name, this_run()
+        if name in plain and name not in changes and not match.flipped:
+            run.stop(name, x)
+        if name not in changes or run not in twins:
+            return y
+        change = changes[name] if match.rows is None else changes[name][match.rows]
+        return y + F.linear(x, (change.mT if match.flipped else change).to(x.dtype)).to(y.dtype)
+
+    twin = observed(model, candidates, observe).eval().requires_grad_(False)
+    pairs = [(Run(twin, batch), Run(twin, batch)) for batch in inputs]
+    twins.update(compressed for _, compressed in pairs)
+    with tqdm(total=len(plain), desc="project in order", unit="weight", leave=False) as bar:
+        for name, candidate in plain.items():
+            if len(candidate.calls) > 1:
+                changes[name] = compress(candidate, None)
+                bar.update()
+        for name, resting in side_by_side([run for pair in pairs for run in pair], list(plain)):
+            changes[name] = compress(plain[name], _moments(pairs, resting, name))
+            bar.update()
+    for name in [name for name in plain if name not in changes]:
+        compress(plain[name], None)
+
+
+def _moments(pairs: Sequence[tuple[Run, Run]], resting: Sequence[Run], name: str) -> tuple[Tensor, Tensor] | None:
+    """Means over the tokens that count; a batch that the dense model doesn't send here, or in another shape, as if both
+    had sent the same."""
+    here, tokens = set(resting), 0
+    gram, drift = torch.zeros(()), torch.zeros(())
+    for dense, compressed in pairs:
+        if compressed not in here:
+            continue
+        assert compressed.x is not None
+        rows = counted(compressed.x, compressed.mask)
+        if not tokens:
+            size = rows.shape[1]
+            gram, drift = (rows.new_zeros(size, size, dtype=torch.float64) for _ in range(2))
+        tokens += len(rows)
+        add_products(gram, rows, rows)
+        if dense in here and dense.x is not None and dense.x.shape == compressed.x.shape:
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            add_products(drift, counted(dense.x, dense.mask).to(wide) - rows.to(wide), rows)
+    if not tokens:
+        return None
+    if not (torch.isfinite(gram).all() and torch.isfinite(drift).all()):
+        raise ConfigError(f"On the anchor data {name!r} sees NaN or infinity: mend the data, or exclude it.")
+    return gram / tokens, drift / tokens

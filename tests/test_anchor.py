@@ -1,0 +1,228 @@
+"""Projection in the order of the model: each product for what the compressed ones before feed it."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import monarch_fx as mfx
+from monarch_fx.errors import ConfigError, ExampleInputsError
+from monarch_fx.projection.activation import DAMPING
+
+CONFIG = mfx.MonarchConfig(nblocks=2, rank=4)
+
+
+def mlp(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 32)).to(dtype)
+
+
+def batches(count: int = 3, tokens: int = 100, features: int = 32, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(1)
+    mix = torch.randn(features, features, dtype=dtype) / features**0.5
+    return [torch.randn(tokens + i, features, dtype=dtype) @ mix for i in range(count)]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_errors_made_before_are_mended(calibrated: bool) -> None:
+    model, data = mlp(), batches()
+    options: dict[str, Any] = {"example_inputs": data[0], "config": CONFIG}
+    options["calibration"] = mfx.calibrate(model, data) if calibrated else None
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    losses = []
+    for anchor in (None, data):
+        compressed = mfx.monarchify(model, anchor=anchor, **options)
+        losses.append(mfx.measure_loss(compressed, model, data))
+        assert mfx.report(compressed).calibrated == calibrated
+    # found: 0.54 of it with calibration, 0.33 without
+    assert losses[1] < 0.8 * losses[0]
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_product_becomes_the_regression_on_what_it_is_fed() -> None:
+    """Of full rank it can be all that least squares allow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16, bias=False)).double()
+    data = batches(features=24, dtype=torch.float64)
+    plan = mfx.plan(model, example_inputs=data[0], config=mfx.MonarchConfig(nblocks=1, rank=6))
+    plan = plan.with_shape("2.weight", rank=16)
+    compressed = mfx.monarchify(model, plan=plan, anchor=data)
+    seen, fed = (torch.cat([net[:2](x) for x in data]).detach() for net in (model, compressed))
+    C, drift = fed.mT @ fed / len(fed), (seen - fed).mT @ fed / len(fed)
+    damped = C + DAMPING * C.diagonal().mean() * torch.eye(32, dtype=torch.float64)
+    W = model[2].weight.detach()
+    wanted = W + W @ torch.linalg.solve(damped, drift.mT).mT
+    made = compressed[2].weight.monarch().to_dense()
+    # moments and their inverse in float64: 200 tokens added up, and a condition of 1 / DAMPING
+    torch.testing.assert_close(made, wanted, rtol=0, atol=200 / DAMPING * 2**-53 * float(wanted.abs().max()) * 32)
+    assert (made - W).norm() > 0.05 * W.norm()
+
+
+def test_exact_structures_change_nothing() -> None:
+    model, data = mlp(torch.float64), batches(dtype=torch.float64)
+    plan = mfx.plan(model, example_inputs=data[0], config=mfx.MonarchConfig(nblocks=2, rank=32))
+    compressed = mfx.monarchify(model, plan=plan, anchor=data)
+    # three products of at most 64 terms, each within the rounding of projections through Grams: the root of epsilon
+    torch.testing.assert_close(compressed(data[0]), model(data[0]), rtol=0, atol=3 * 64 * 2**-26)
+
+
+class Masked(nn.Module):
+    """A token looks at no other one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def test_hidden_tokens_do_not_count() -> None:
+    model = Masked()
+    x = torch.stack([b[:90] for b in batches()])
+    mask = torch.ones(3, 90, dtype=torch.long)
+    mask[:, 60:] = 0
+    garbage = torch.where(mask[..., None].bool(), x, 100.0)
+    short = [{"x": x[:, :60], "attention_mask": mask[:, :60]}]
+    plan = mfx.plan(model, example_inputs=short[0], config=CONFIG)
+    wanted = mfx.monarchify(model, plan=plan, anchor=short)
+    made = mfx.monarchify(model, plan=plan, anchor=[{"x": garbage, "attention_mask": mask}])
+    for name, value in made.state_dict().items():
+        torch.testing.assert_close(value, wanted.state_dict()[name], rtol=1e-3, atol=1e-4)
+
+
+class Twice(nn.Module):
+    """One layer called twice, packed attention, a transposed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.again = nn.Linear(32, 32)
+        self.attention = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.tied = nn.Linear(32, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + F.gelu(self.again(x))
+        x = x + F.gelu(self.again(x))
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return F.gelu(self.tied(x)) @ self.tied.weight
+
+
+def test_every_form_of_a_product_is_walked() -> None:
+    model = Twice()
+    data = [b[:96].view(4, 24, 32) for b in batches()]
+    plan = mfx.plan(model, example_inputs=data[0], config=mfx.MonarchConfig(nblocks=2, rank=6))
+    assert len(plan.rewritten) >= 4
+    plain, made = (mfx.monarchify(model, plan=plan, calibration=data, anchor=anchor) for anchor in (None, data))
+    torch.testing.assert_close(made.again.weight.R, plain.again.weight.R, rtol=0, atol=0)  # as without
+    assert mfx.measure_loss(made, model, data) < mfx.measure_loss(plain, model, data)
+
+
+class Branching(nn.Module):
+    """Decides on data which of two layers a batch goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.one, self.other, self.last = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).tanh()
+        x = self.one(x) if x.mean() > 0 else self.other(x)
+        return self.last(x.tanh())
+
+
+def test_batches_may_go_different_ways() -> None:
+    model = Branching()
+    data = [b + shift for b, shift in zip(batches(4), (3.0, -3.0, 3.0, -3.0), strict=True)]
+    ways = {bool(model.first(x).tanh().mean() > 0) for x in data}
+    assert ways == {True, False}
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+    compressed = mfx.monarchify(model, plan=plan, anchor=data)
+    assert {name for name, _ in mfx.report(compressed).errors} == {d.candidate.name for d in plan.rewritten}
+    assert torch.isfinite(compressed(data[0])).all()
+
+
+def test_graphs_and_in_place() -> None:
+    model, data = mlp(), batches()
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+    wanted = mfx.monarchify(model, plan=plan, anchor=data)
+    traced = torch.fx.symbolic_trace(mlp())
+    graph_plan = mfx.plan(traced, example_inputs=data[0], config=CONFIG)
+    made = mfx.monarchify(traced, plan=graph_plan, anchor=data, example_inputs=data[0])
+    torch.testing.assert_close(made(data[0]), wanted(data[0]))
+    inplace = mlp()
+    assert mfx.monarchify(inplace, plan=plan, anchor=data, inplace=True) is inplace
+    torch.testing.assert_close(inplace(data[0]), wanted(data[0]), rtol=0, atol=0)
+
+
+def test_half_precision() -> None:
+    model, data = mlp(torch.bfloat16), batches(dtype=torch.bfloat16)
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+    plain, made = (mfx.monarchify(model, plan=plan, calibration=data, anchor=anchor) for anchor in (None, data))
+    assert made[0].weight.R.dtype == torch.bfloat16
+    assert mfx.measure_loss(made, model, data) < mfx.measure_loss(plain, model, data)
+
+
+def test_interrupted_work_goes_on(tmp_path: Path) -> None:
+    model, data = mlp(), batches()
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+    wanted = mfx.monarchify(model, plan=plan, anchor=data, work_dir=tmp_path).state_dict()
+    written = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    again = mfx.monarchify(model, plan=plan, anchor=data, work_dir=tmp_path).state_dict()
+    torch.testing.assert_close(again, wanted, rtol=0, atol=0)
+    assert len(written) == 3
+    assert written == {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.net(x)
+        if len(x) == 102:
+            raise ArithmeticError("the third batch")
+        return x
+
+
+def test_what_fails_in_a_run_is_raised_and_no_thread_stays() -> None:
+    model, data = Failing(), batches()
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+    before, threads = {k: v.clone() for k, v in model.state_dict().items()}, threading.active_count()
+    with pytest.raises(ArithmeticError, match="the third batch"):
+        mfx.monarchify(model, plan=plan, anchor=data, inplace=True)
+    assert threading.active_count() == threads
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_bad_anchors_are_refused() -> None:
+    model, data = mlp(), batches()
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+
+    def once() -> Iterator[Tensor]:
+        yield from data
+
+    stream = once()
+    cases: list[tuple[Any, type[Exception], str]] = [
+        (data[0], ConfigError, "single batch into a list"),
+        ([], ConfigError, "anchor has no batches"),
+        ([(data[0], data[0])], ExampleInputsError, "don't fit"),
+        ([data[0] * float("nan")], ConfigError, "NaN or infinity"),
+    ]
+    for anchor, error, message in cases:
+        with pytest.raises(error, match=message):
+            mfx.monarchify(model, plan=plan, anchor=anchor)
+    with pytest.raises(ConfigError, match="can't be read again"):
+        mfx.monarchify(model, 0.5, config=CONFIG, calibration=stream, anchor=stream)
+    with pytest.raises(ConfigError, match="calibration and anchor are for"):
+        mfx.monarchify(model, plan=plan, anchor=data, init="random")
+    program = torch.export.export(model, (data[0],))
+    with pytest.raises(ConfigError, match="ExportedProgram"):
+        mfx.monarchify(program, 0.5, anchor=data)
