@@ -42,6 +42,9 @@ class Candidate:
         kind: The product's form: linear, conv1d, matmul, einsum, ...
         calls: Its executions in one run; they share the factors.
         dtype: Of the weight, without ``torch.``.
+        bias: The products add a bias.
+        activated: Their results go into an activation that the operator can compute, and nowhere else.
+        together: Products that read the same activation, this one among them.
     """
 
     name: str
@@ -51,6 +54,9 @@ class Candidate:
     kind: str
     calls: tuple[Call, ...]
     dtype: str
+    bias: bool = False
+    activated: bool = False
+    together: int = 1
 
     @property
     def in_features(self) -> int:

@@ -12,8 +12,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from monarch_fx import Plan
+from monarch_fx import plan as plan_model
 from monarch_fx.costs import (
     DeviceProfile,
+    Surroundings,
     break_even_tokens,
     dense_seconds,
     fit,
@@ -24,7 +27,7 @@ from monarch_fx.costs import (
     resolve,
     timing,
 )
-from monarch_fx.costs.predict import MOST_TOKENS
+from monarch_fx.costs.predict import EVEN_TOKENS, MOST_TOKENS
 from monarch_fx.costs.shipped import SHIPPED
 from monarch_fx.errors import DeviceProfileError, MonarchWarning
 from monarch_fx.structure import MonarchShape
@@ -303,11 +306,16 @@ class TestLoweringsOfAGpu:
     @pytest.mark.parametrize("first", ["strided", "own"])
     @pytest.mark.parametrize("second", ["library", "own"])
     def test_the_same_work_without_copies(self, first: str, second: str) -> None:
-        kernels = formulas.without_copies("inference", first, second)
+        kernels = formulas.without_copies(first, second)
         assert not any(isinstance(kernel, formulas.Copy) for kernel in kernels)
         assert count(formulas.flops(kernels), self.shape, tokens=7) == 2 * 7 * self.shape.params
-        training = formulas.flops(formulas.without_copies("training", first, second))
-        assert count(training, self.shape, tokens=7) == 3 * 2 * 7 * self.shape.params
+
+    def test_gradients_of_factors_by_hand(self) -> None:
+        shape = MonarchShape(30, 20, 2, 3, rank=5)  # p = 10, s = 10
+        kernels = formulas.factor_gradients()
+        moved = 3 * (7 * (10 + 10) + 10 * 10) + 2 * (7 * (15 + 10) + 15 * 10)
+        assert count(formulas.flops(kernels), shape, tokens=7) == 2 * 7 * shape.params
+        assert count(formulas.bytes_moved(kernels), shape, tokens=7, dtype_bytes=2) == 2 * moved
 
     def test_they_are_planned_for_half_precision_grids_alone(self) -> None:
         h200 = SHIPPED["h200"]
@@ -333,7 +341,7 @@ class TestLoweringsOfAGpu:
             options = {"dtype": "bfloat16", "workload": workload}
             ours, theirs = (monarch_seconds(profile, tokens, shape, **options) for profile in (SHIPPED["h100"], slow))
             assert (ours < theirs) == is_fused
-        kernels = formulas.fused("inference", 128)
+        kernels = formulas.fused(128)
         assert count(formulas.flops(kernels), shape, tokens=7) == 2 * 7 * shape.params
         assert count(formulas.bytes_moved(kernels), shape, tokens=7, dtype_bytes=2) == 2 * (7 * 2048 + shape.params)
 
@@ -344,6 +352,176 @@ class TestLoweringsOfAGpu:
         together = monarch_seconds(SHIPPED["h200"], tokens, shape, dtype="bfloat16")
         alone = [monarch_seconds(SHIPPED["h200"], int(t), shape, dtype="bfloat16") for t in tokens]
         np.testing.assert_allclose(together, alone, rtol=1e-12)
+
+
+class TestSurroundings:
+    """What a bias, an activation and other products of the same rows cost where this library's kernels run."""
+
+    h100 = SHIPPED["h100"]
+    widening = MonarchShape(1024, 4096, 2, 1, 336)
+
+    def gain(self, around: Surroundings, tokens: int = 16384, dtype: str = "bfloat16", **options: str) -> float:
+        shape = self.widening
+        dense = dense_seconds(self.h100, tokens, 1024, 4096, dtype=dtype, around=around, **options)
+        return float(dense / monarch_seconds(self.h100, tokens, shape, dtype=dtype, around=around, **options))
+
+    def test_a_bias_makes_the_second_half_a_kernel_of_ours(self) -> None:
+        slow = dataclasses.replace(self.h100, kernel_efficiency=0.1)
+
+        def slower(grid: tuple[int, int], bias: bool, workload: str = "inference") -> bool:
+            shape, around = MonarchShape(4096, 4096, *grid, 256), Surroundings(bias=bias)
+            options = {"dtype": "bfloat16", "around": around, "workload": workload}
+            return bool(
+                monarch_seconds(slow, 4096, shape, **options) > monarch_seconds(self.h100, 4096, shape, **options)
+            )
+
+        assert not slower((2, 1), bias=False)
+        assert slower((2, 1), bias=True)
+        assert not slower((1, 1), bias=True)  # one product of cuBLAS, which adds it
+        assert slower((2, 1), bias=False, workload="training")  # the transposed matrix has two columns of blocks
+
+    def test_an_activation_is_a_pass_behind_the_dense_product_alone(self) -> None:
+        extra = dense_seconds(self.h100, 16384, 1024, 4096, dtype="bfloat16", around=Surroundings(activated=True))
+        extra -= dense_seconds(self.h100, 16384, 1024, 4096, dtype="bfloat16")
+        moved = 2 * 2 * 16384 * 4096
+        assert extra == pytest.approx(moved / self.h100.bandwidth_bytes_per_s + self.h100.launch_s, rel=1e-9)
+        assert self.gain(Surroundings(bias=True, activated=True)) > self.gain(Surroundings(bias=True))
+
+    @pytest.mark.parametrize("options", [{"workload": "training"}, {"dtype": "float32"}], ids=str)
+    def test_it_is_a_pass_on_both_sides_elsewhere(self, options: dict[str, str]) -> None:
+        assert self.gain(Surroundings(activated=True), **options) == self.gain(Surroundings(), **options)
+
+    @pytest.mark.parametrize(
+        ("tokens", "sizes", "grid", "rank", "dense_us", "ours_us"),
+        [
+            (16384, (768, 3072), (1, 1), 192, 192.1, 97.4),
+            (16384, (768, 3072), (2, 2), 96, 192.1, 101.8),
+            (8192, (1024, 4096), (2, 2), 128, 149.8, 83.3),
+            (16384, (1024, 4096), (1, 1), 256, 285.4, 141.3),
+        ],
+    )
+    def test_bias_and_gelu_are_predicted_as_measured(
+        self, tokens: int, sizes: tuple[int, int], grid: tuple[int, int], rank: int, dense_us: float, ours_us: float
+    ) -> None:
+        """Compiled layers on an H100 (benchmark ``ffn-gpu``), in no fit."""
+        around, shape = Surroundings(bias=True, activated=True), MonarchShape(*sizes, *grid, rank)
+        dense = dense_seconds(self.h100, tokens, *sizes, dtype="bfloat16", around=around)
+        ours = monarch_seconds(self.h100, tokens, shape, dtype="bfloat16", around=around)
+        assert dense * 1e6 == pytest.approx(dense_us, rel=0.2)
+        assert ours * 1e6 == pytest.approx(ours_us, rel=0.2)
+
+    def test_few_tokens_share_launches(self) -> None:
+        shape = MonarchShape(4096, 4096, 4, 4, 256)
+
+        def saved(tokens: int, together: int, workload: str = "inference") -> float:
+            options = {"dtype": "bfloat16", "workload": workload}
+            alone = monarch_seconds(self.h100, tokens, shape, **options)
+            return float(
+                alone - monarch_seconds(self.h100, tokens, shape, around=Surroundings(together=together), **options)
+            )
+
+        for together, shared in ((1, 0), (2, 1), (3, 4 / 3), (8, 4 / 3)):  # of a product's two launches
+            assert saved(1, together) == pytest.approx(shared * self.h100.kernel_launch_s, rel=1e-6)
+        assert saved(65, together=3) == 0
+        assert saved(1, together=3, workload="training") == 0
+
+
+class TestTraining:
+    """Gradients of factors are sums over all tokens with few results."""
+
+    h100 = SHIPPED["h100"]
+
+    def gradients(self, tokens: int, shape: MonarchShape) -> float:
+        """Seconds of the gradients of both factors."""
+        both = monarch_seconds(self.h100, tokens, shape, dtype="bfloat16", workload="training")
+        turned = MonarchShape(shape.out_features, shape.in_features, shape.nblocks_in, shape.nblocks_out, shape.rank)
+        forward = sum(monarch_seconds(self.h100, tokens, s, dtype="bfloat16") for s in (shape, turned))
+        return float(both - forward)
+
+    def test_sums_are_cut_where_tiles_are_few(self) -> None:
+        h100, tokens, shape = self.h100, 16384, MonarchShape(768, 768, 1, 1, 192)
+        tiles = 2 * 6  # of 128 x 128
+        parts = h100.units // tiles
+        compute = h100.units * 2 * 128**2 * (tokens / parts + h100.fill) / h100.peak("bfloat16")
+        traffic = 2 * (tokens * (768 + 192) + 768 * 192) / h100.bandwidth_bytes_per_s
+        added_up = 2 * 4 * parts * 768 * 192 / h100.bandwidth_bytes_per_s
+        each = 2 * h100.launch_s + max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic) + added_up
+        assert self.gradients(tokens, shape) == pytest.approx(2 * each, rel=1e-6)
+
+    def test_parts_are_equal(self) -> None:
+        shape = MonarchShape(768, 768, 1, 1, 192)
+        assert self.gradients(25216, shape) > 1.5 * self.gradients(25600, shape)  # 2 * 197 blocks; 16 * 25
+
+    @pytest.mark.parametrize(
+        ("tokens", "sizes", "grid", "rank", "gain"),
+        [
+            (4096, (768, 768), (1, 1), 192, 0.64),
+            (4096, (768, 3072), (2, 2), 144, 0.90),
+            (4096, (1024, 4096), (4, 4), 96, 1.12),
+            (16384, (768, 3072), (1, 1), 304, 1.19),
+            (16384, (3072, 768), (4, 4), 64, 1.23),
+            (16384, (1024, 1024), (1, 1), 256, 1.04),
+            (16384, (4096, 4096), (2, 2), 512, 1.79),
+        ],
+    )
+    def test_gains_are_predicted_as_measured(
+        self, tokens: int, sizes: tuple[int, int], grid: tuple[int, int], rank: int, gain: float
+    ) -> None:
+        """Forward and backward on an H100 (benchmark ``layers-train-gpu``), in no fit."""
+        options = {"dtype": "bfloat16", "workload": "training"}
+        dense = dense_seconds(self.h100, tokens, *sizes, **options)
+        ours = monarch_seconds(self.h100, tokens, MonarchShape(*sizes, *grid, rank), **options)
+        assert dense / ours == pytest.approx(gain, rel=0.15)
+
+    def test_break_even_is_looked_for_among_even_numbers(self) -> None:
+        shape = MonarchShape(1024, 4096, 2, 2, 192)
+        start = break_even_tokens(self.h100, shape, dtype="bfloat16", workload="training")
+        assert start is not None
+        assert start % EVEN_TOKENS == 0
+        tokens = np.arange(start, MOST_TOKENS + 1, EVEN_TOKENS)
+        options = {"dtype": "bfloat16", "workload": "training"}
+        assert np.all(
+            monarch_seconds(self.h100, tokens, shape, **options)
+            < dense_seconds(self.h100, tokens, 1024, 4096, **options)
+        )
+
+
+class Block(torch.nn.Module):
+    """Attention's projections and a feed-forward net, as in ViT-B/16; attention itself has no weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (torch.nn.Linear(768, 768) for _ in range(4))
+        self.up, self.down = torch.nn.Linear(768, 3072), torch.nn.Linear(3072, 768)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.o(self.q(x) * self.k(x) + self.v(x))
+        return self.down(torch.nn.functional.gelu(self.up(x)))
+
+
+class TestPlans:
+    def plan(self, tokens: int, workload: str = "inference") -> Plan:
+        with torch.device("meta"):
+            block, x = Block().bfloat16(), torch.empty(2, 8, 768, dtype=torch.bfloat16)
+        return plan_model(block, budget=0.5, example_inputs=x, tokens=tokens, device="h100", workload=workload)
+
+    def test_they_know_what_stands_around_products(self) -> None:
+        plan = self.plan(4096)
+        around = {
+            d.candidate.parameter: (d.candidate.bias, d.candidate.activated, d.candidate.together)
+            for d in plan.decisions
+        }
+        assert around["q.weight"] == around["v.weight"] == (True, False, 3)
+        assert around["o.weight"] == around["down.weight"] == (True, False, 1)
+        assert around["up.weight"] == (True, True, 1)
+        assert Plan.from_json(plan.to_json()) == plan
+
+    def test_vit_keeps_its_small_products_dense_in_training(self) -> None:
+        """They were rewritten, and a step ran at 0.97x of dense (128 images of 197 tokens, benchmark ``vit-train``)."""
+        plan = self.plan(128 * 197, "training")
+        assert {d.candidate.parameter for d in plan.rewritten} == {"up.weight", "down.weight"}
+        assert all("clearly faster" in d.reason for d in plan.decisions if d.shape is None)
+        assert len(self.plan(128 * 200, "training").rewritten) == 6
 
 
 class TestMeasure:

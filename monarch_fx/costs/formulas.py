@@ -4,7 +4,8 @@ A product is a list of kernels. Expressions are in the symbols of this module: s
 each of ``batch`` equal matrices), the bytes of its dtype, and the constants of a ``DeviceProfile``.
 
 A Monarch product runs with copies, without, or as one kernel: ``monarch``, ``without_copies``, ``fused``. A transpose
-that only renames dimensions costs nothing.
+that only renames dimensions costs nothing. Biases cost nothing by themselves: on both sides they are added in a kernel
+that writes the result anyway, and their gradients are the same sums.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import sympy
-from sympy import Expr, Max, Min, ceiling
+from sympy import Expr, Max, Min, ceiling, floor
 
 # fmt: off
 SIZES = sympy.symbols(
@@ -23,14 +24,21 @@ tokens, in_features, out_features, nblocks_out, nblocks_in, rank, batch, dtype_b
 
 DEVICE = sympy.symbols(
     "peak_flops bandwidth_bytes_per_s copy_bytes_per_s tile units launch_s overlap fill "
-    "kernel_efficiency kernel_launch_s kernel_overlap kernel_fill fused_efficiency",
+    "kernel_efficiency kernel_launch_s kernel_overlap kernel_fill fused_efficiency vector_flops",
     nonnegative=True,
 )
 (
     peak_flops, bandwidth_bytes_per_s, copy_bytes_per_s, tile, units, launch_s, overlap, fill,
-    kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_fill, fused_efficiency,
+    kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_fill, fused_efficiency, vector_flops,
 ) = DEVICE
 # fmt: on
+
+SUM_TILE = 128  # of the gradients of factors
+SUM_BLOCK = 64  # tokens that are added up at once
+MOST_PARTS = 64
+ACTIVATION_FLOPS = 54  # GELU in the epilogue: 11 instructions, and 2 of the special function unit that take 8 each
+
+greatest_common_divisor = sympy.Function("gcd")
 
 
 @dataclass(frozen=True)
@@ -108,6 +116,86 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class TokenSum:
+    """The gradients of ``batch`` matrices (m, n), as sums over all tokens, in one call of a library.
+
+    Tiles are few where the sums are long. So that no unit is idle they are cut into parts where that is faster, which
+    are stored in float32 and added up by a second launch. Parts are equal: 25,216 tokens, 394 blocks, are cut in two.
+    """
+
+    batch: Expr
+    m: Expr
+    n: Expr
+
+    @property
+    def flops(self) -> Expr:
+        """Multiplications and additions, one each for every (batch, token, m, n)."""
+        return 2 * self.batch * tokens * self.m * self.n
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Both operands read once, the result written once; parts stay in a cache."""
+        return dtype_bytes * self.batch * (tokens * (self.m + self.n) + self.m * self.n)
+
+    @property
+    def seconds(self) -> Expr:
+        """The smaller time of uncut sums and of as many parts as there are units for."""
+        tiles = self.batch * _ceil_div(self.m, SUM_TILE) * _ceil_div(self.n, SUM_TILE)
+        equal = greatest_common_divisor(tokens, SUM_BLOCK * MOST_PARTS) / SUM_BLOCK
+        parts = Max(1, Min(floor((units + sympy.Rational(1, 2)) / tiles), equal))
+        stored_and_read = 2 * 4 * parts * self.batch * self.m * self.n
+        return launch_s + Min(
+            self._in_parts(tiles, sympy.S.One),
+            self._in_parts(tiles, parts) + launch_s + stored_and_read / bandwidth_bytes_per_s,
+        )
+
+    def _in_parts(self, tiles: Expr, parts: Expr) -> Expr:
+        waves = _ceil_div(tiles * parts, units)
+        compute_s = waves * units * 2 * SUM_TILE**2 * (tokens / parts + fill) / peak_flops
+        return _overlapped(compute_s, self.bytes_moved / bandwidth_bytes_per_s, overlap)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A function of every one of ``elements`` results that a kernel of its own reads and writes."""
+
+    elements: Expr
+
+    @property
+    def flops(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Every number read once and written once."""
+        return 2 * dtype_bytes * self.elements
+
+    @property
+    def seconds(self) -> Expr:
+        return launch_s + self.bytes_moved / bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """The same function, in the kernel of this library that computes the results: arithmetic of its vector units."""
+
+    elements: Expr
+
+    @property
+    def flops(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def bytes_moved(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def seconds(self) -> Expr:
+        """As far as other tiles' products don't hide it."""
+        return (1 - kernel_overlap) * ACTIVATION_FLOPS * self.elements / vector_flops
+
+
+@dataclass(frozen=True)
 class Copy:
     """A copy of ``elements`` numbers to another place; ``needed`` is 0 where a view does, else 1."""
 
@@ -133,7 +221,7 @@ class Copy:
         return (self,)
 
 
-Kernel = Product | Copy | Fused
+Kernel = Product | Copy | Fused | TokenSum | Pass | Epilogue
 
 
 def dense(workload: str = "inference") -> tuple[Kernel, ...]:
@@ -160,35 +248,40 @@ def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
     return _with_backward(forward, workload)
 
 
-def without_copies(workload: str, first: str, second: str) -> tuple[Kernel, ...]:
-    """Kernels of the same product where each one writes what the next one reads, as on a GPU.
+def without_copies(first: str, second: str) -> tuple[Kernel, ...]:
+    """Kernels of the product, forward, where each one writes what the next one reads, as on a GPU.
+
+    The gradient of the activations is the same product with the transposed matrix.
 
     Args:
-        workload: ``"inference"`` or ``"training"``.
         first: ``"joined"``: one call, for a single column of blocks. ``"strided"``: one call for every row of blocks.
             ``"own"``: a kernel of this library that stores block-transposed.
         second: ``"library"`` or ``"own"``.
     """
-    forward = _halves(first, second, (nblocks_in, _p()), (nblocks_out, _s()))
-    if workload == "inference":
-        return forward
-    to_x = _halves(first, second, (nblocks_out, _s()), (nblocks_in, _p()))  # the same halves, with the factors swapped
-    to_R = Product(nblocks_in, nblocks_out * rank, tokens, _p())
-    to_L = Product(nblocks_out, nblocks_in * rank, tokens, _s())
-    return (*forward, *to_x, to_R, to_L)
-
-
-def _halves(first: str, second: str, inputs: tuple[Expr, Expr], outputs: tuple[Expr, Expr]) -> tuple[Product, Product]:
-    (n_in, p), (n_out, s) = inputs, outputs
     firsts = {
-        "joined": Product(n_in, tokens, p, n_out * rank),
-        "strided": Product(n_in, tokens, p, rank, launches=n_out),
-        "own": Product(n_in, tokens, p, n_out * rank, own=True),
+        "joined": Product(nblocks_in, tokens, _p(), nblocks_out * rank),
+        "strided": Product(nblocks_in, tokens, _p(), rank, launches=nblocks_out),
+        "own": Product(nblocks_in, tokens, _p(), nblocks_out * rank, own=True),
     }
-    return firsts[first], Product(n_out, tokens, n_in * rank, s, own=second == "own")
+    return firsts[first], Product(nblocks_out, tokens, nblocks_in * rank, _s(), own=second == "own")
 
 
-def fused(workload: str, rows: int) -> tuple[Kernel, ...]:
+def factor_gradients() -> tuple[Kernel, ...]:
+    """Kernels of the gradients of both factors, without copies."""
+    return TokenSum(nblocks_in, nblocks_out * rank, _p()), TokenSum(nblocks_out, nblocks_in * rank, _s())
+
+
+def activation() -> tuple[Kernel, ...]:
+    """What an activation behind a dense product costs."""
+    return (Pass(batch * tokens * out_features),)
+
+
+def epilogue() -> tuple[Kernel, ...]:
+    """What the same activation costs in a kernel of this library."""
+    return (Epilogue(tokens * nblocks_out * _s()),)
+
+
+def fused(rows: int) -> tuple[Kernel, ...]:
     """The kernel that runs a whole product; see ``Fused``. For inference alone."""
     return (Fused(sympy.Integer(rows)),)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import sympy
@@ -18,7 +19,26 @@ from monarch_fx.structure import MonarchShape
 Tokens = int | NDArray[np.int64]
 Seconds = float | NDArray[np.float64]
 
+EVEN_TOKENS = 1024
 MOST_TOKENS = 2**16  # beyond it the launches don't count any more, and no verdict changes
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What stands around a product in its model.
+
+    Attributes:
+        bias: A bias is added to the result.
+        activated: An activation that this library's kernels know is computed from the result, and nothing else.
+        together: Products that read the same activations, this one among them.
+    """
+
+    bias: bool = False
+    activated: bool = False
+    together: int = 1
+
+
+ALONE = Surroundings()
 
 
 def dense_seconds(
@@ -30,8 +50,9 @@ def dense_seconds(
     batch: int = 1,
     dtype: str = "float32",
     workload: str = "inference",
+    around: Surroundings = ALONE,
 ) -> Seconds:
-    """Predicted seconds of one dense product.
+    """Predicted seconds of one dense product, and of the activation behind it where a Monarch product computes it, too.
 
     Args:
         profile: The device.
@@ -41,13 +62,17 @@ def dense_seconds(
         batch: Equal matrices in the product.
         dtype: Of operands and result, without ``torch.``.
         workload: ``"inference"`` (forward) or ``"training"`` (forward and backward).
+        around: What stands around the product.
 
     Raises:
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
     constants = _constants(profile, dtype)
     sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype])
-    return _function("dense", workload)(*sizes, *constants)
+    seconds = _function("dense", workload)(*sizes, *constants)
+    if _fuses(profile, dtype, batch, workload, around):
+        seconds = seconds + _function("activation")(*sizes, *constants)
+    return seconds
 
 
 def monarch_seconds(
@@ -58,6 +83,7 @@ def monarch_seconds(
     batch: int = 1,
     dtype: str = "float32",
     workload: str = "inference",
+    around: Surroundings = ALONE,
 ) -> Seconds:
     """Predicted seconds of one Monarch product, as the operator runs it; arguments as for ``dense_seconds``.
 
@@ -65,27 +91,47 @@ def monarch_seconds(
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
     constants = _constants(profile, dtype)
-    n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
-    sizes = (tokens, shape.in_features, shape.out_features, n_out, n_in, rank, batch, DTYPE_BYTES[dtype])
-    if batch > 1 or profile.kernel_efficiency == 0 or DTYPE_BYTES[dtype] > 2:
+    rows, n_out, n_in = np.asarray(tokens), shape.nblocks_out, shape.nblocks_in
+    sizes = (tokens, shape.in_features, shape.out_features, n_out, n_in, shape.rank, batch, DTYPE_BYTES[dtype])
+    if not _has_kernels(profile, dtype, batch):
         return _function("monarch", workload)(*sizes, *constants)
-    rows = np.asarray(tokens)
 
-    def seconds(first: str, second: str) -> Seconds:
-        return _function("without_copies", workload, first, second)(*sizes, *constants)
+    def seconds(structure: str, *lowering: str | int, transposed: bool = False) -> Seconds:
+        swapped = (tokens, shape.out_features, shape.in_features, n_in, n_out, *sizes[5:])
+        return _function(structure, *lowering)(*(swapped if transposed else sizes), *constants)
 
-    if n_in == 1:
-        many = seconds("joined", "library")
-    elif shape.p % 64:
-        is_large = 2 * rows * n_in * rank * shape.p >= choice.STRIDED_FLOPS
-        many = np.where(is_large, seconds("strided", "library"), seconds("own", "library"))
-    else:
-        many = seconds("own", "library")
-    has_fused = profile.fused_efficiency > 0 and workload == "inference"
-    if has_fused and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, rank, shape.p, shape.s):
-        held = max(16, 1 << (rank - 1).bit_length())
-        many = np.where(rows >= choice.FUSED_TOKENS, _function("fused", workload, held)(*sizes, *constants), many)
-    return np.where(rows <= choice.FEW_TOKENS, seconds("own", "own"), many)
+    def halves(second: str, *, transposed: bool = False) -> Seconds:
+        """The lowering of many tokens, and that of few ones."""
+        blocks, p = (n_out, shape.s) if transposed else (n_in, shape.p)
+        few = seconds("without_copies", "own", "own", transposed=transposed)
+        many = seconds("without_copies", "joined" if blocks == 1 else "own", second, transposed=transposed)
+        if blocks > 1 and p % 64:
+            strided = seconds("without_copies", "strided", second, transposed=transposed)
+            many = np.where(2 * rows * n_in * n_out * shape.rank * p >= choice.STRIDED_FLOPS, strided, many)
+        return np.where(rows <= choice.FEW_TOKENS, few, many)
+
+    training = workload == "training"
+    activated = _fuses(profile, dtype, batch, workload, around)
+    forward = halves("own" if activated or (around.bias and n_out > 1) else "library")
+    if training:
+        return forward + halves("library", transposed=True) + seconds("factor_gradients")
+    has_fused = profile.fused_efficiency > 0
+    if has_fused and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, shape.rank, shape.p, shape.s):
+        held = max(16, 1 << (shape.rank - 1).bit_length())
+        forward = np.where(rows >= choice.FUSED_TOKENS, seconds("fused", held), forward)
+    shared = 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
+    forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * profile.kernel_launch_s, 0.0)
+    return forward + seconds("epilogue") if activated else forward
+
+
+def _has_kernels(profile: DeviceProfile, dtype: str, batch: int) -> bool:
+    """Whether this library's kernels run the product."""
+    return batch == 1 and profile.kernel_efficiency > 0 and DTYPE_BYTES[dtype] == 2
+
+
+def _fuses(profile: DeviceProfile, dtype: str, batch: int, workload: str, around: Surroundings) -> bool:
+    """Whether they compute the activation, too: gradients need what is in front of it."""
+    return around.activated and workload == "inference" and _has_kernels(profile, dtype, batch)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -96,8 +142,12 @@ def break_even_tokens(
     batch: int = 1,
     dtype: str = "float32",
     workload: str = "inference",
+    around: Surroundings = ALONE,
 ) -> int | None:
     """The smallest number of tokens from which on the Monarch product is always predicted faster than the dense one.
+
+    In training on a GPU multiples of ``EVEN_TOKENS`` are looked at: how well sums over tokens can be cut depends on
+    their divisors.
 
     Returns:
         Rows per matrix, at most ``MOST_TOKENS``; None where Monarch doesn't stay faster.
@@ -105,13 +155,13 @@ def break_even_tokens(
     Raises:
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
-    tokens = np.arange(1, MOST_TOKENS + 1)
-    dense = dense_seconds(
-        profile, tokens, shape.in_features, shape.out_features, batch=batch, dtype=dtype, workload=workload
-    )
-    monarch = monarch_seconds(profile, tokens, shape, batch=batch, dtype=dtype, workload=workload)
+    step = EVEN_TOKENS if workload == "training" and _has_kernels(profile, dtype, batch) else 1
+    tokens = np.arange(step, MOST_TOKENS + 1, step)
+    size = shape.in_features, shape.out_features
+    dense = dense_seconds(profile, tokens, *size, batch=batch, dtype=dtype, workload=workload, around=around)
+    monarch = monarch_seconds(profile, tokens, shape, batch=batch, dtype=dtype, workload=workload, around=around)
     (slower,) = np.nonzero(np.asarray(dense) <= np.asarray(monarch))
-    first = 1 if len(slower) == 0 else int(tokens[slower[-1]]) + 1
+    first = step if len(slower) == 0 else int(tokens[slower[-1]]) + step
     return first if first <= MOST_TOKENS else None
 
 
@@ -131,11 +181,12 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
         profile.kernel_overlap,
         profile.kernel_fill,
         profile.fused_efficiency,
+        profile.peak_flops.get("float32", profile.peak(dtype)),
     )
 
 
 @functools.cache
-def _function(structure: str, workload: str, *lowering: str | int) -> Callable[..., Seconds]:
+def _function(structure: str, *lowering: str | int) -> Callable[..., Seconds]:
     """The seconds of a structure as a NumPy function of ``formulas.SIZES`` and ``formulas.DEVICE``."""
-    kernels = getattr(formulas, structure)(workload, *lowering)
-    return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules="numpy", cse=True)
+    kernels = getattr(formulas, structure)(*lowering)
+    return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules=["numpy", {"gcd": np.gcd}], cse=True)

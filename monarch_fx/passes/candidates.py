@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx, nn
 
+from monarch_fx.kernels.fusion import activation_of
 from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes.capture import Captured, value_of
 from monarch_fx.records import Call, Candidate, Declined
@@ -55,9 +56,10 @@ class _Activation:
 
 @dataclass(frozen=True)
 class Use:
-    """One product node of a graph."""
+    """One product node of a graph; ``x`` is the node of its activation."""
 
     node: fx.Node
+    x: fx.Node
     parameter: str
     product: Product
     kind: str
@@ -97,6 +99,7 @@ def find_candidates(captured: Captured, model: nn.Module) -> tuple[list[Candidat
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ties = tied_names(model)
     main = _main_count(use.count for uses in found.uses.values() for use in uses)
+    readers = Counter(use.x for uses in found.uses.values() for use in uses)
     candidates, declined = [], list(found.declined)
     for name, uses in found.uses.items():
         parameter = parameters[name]
@@ -124,10 +127,18 @@ def find_candidates(captured: Captured, model: nn.Module) -> tuple[list[Candidat
                     kind=group[0].kind,
                     calls=calls,
                     dtype=str(parameter.dtype).removeprefix("torch."),
+                    bias=all(use.product.bias for use in group),
+                    activated=all(_is_activated(use.node) for use in group),
+                    together=min(readers[use.x] for use in group),
                 )
             )
     declined += _unseen_layers(model, captured, found)
     return candidates, declined
+
+
+def _is_activated(node: fx.Node) -> bool:
+    """Whether the result goes into an activation that a kernel computes with the product, and nowhere else."""
+    return len(node.users) == 1 and activation_of(next(iter(node.users)))[1] is node
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
@@ -175,7 +186,8 @@ def _follow(node: fx.Node, captured: Captured, found: Found) -> None:
             tokens, count = _tokens(answer, captured)
             kind = _KINDS.get(name, name)
             parameter = next(found.values[a].parameter for a in statics if _is_weight(found.values[a], answer))
-            use = Use(node, parameter, answer, kind, tokens, count)
+            x = next((a for a in node.all_input_nodes if a not in found.values), node)
+            use = Use(node, x, parameter, answer, kind, tokens, count)
             found.uses.setdefault(parameter, []).append(use)
             return
         if isinstance(answer, Refusal) or computed:

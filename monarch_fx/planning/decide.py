@@ -179,9 +179,7 @@ def _decision(menu: Menu, option: Option, why: str, run: Run, loss: float | None
     shape = option.shape
     break_even = None
     if shape is not None:
-        break_even = break_even_tokens(
-            run.profile, shape, batch=menu.candidate.batch, dtype=run.dtype, workload=run.workload
-        )
+        break_even = break_even_tokens(run.profile, shape, **run.setting(menu.candidate))
     return Decision(
         candidate=menu.candidate,
         shape=shape,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds
+from monarch_fx.costs import DeviceProfile, Surroundings, dense_seconds, monarch_seconds
 from monarch_fx.errors import ConfigError
 from monarch_fx.records import Candidate
 from monarch_fx.structure import MonarchShape
@@ -39,13 +40,17 @@ class Run:
         """Predicted seconds of all calls in one run, mean over the token counts."""
         rows = self.rows(candidate)
         counts = np.array(list(rows))
-        batch, dtype, workload = candidate.batch, self.dtype, self.workload
+        setting = self.setting(candidate)
         if shape is None:
-            size = candidate.in_features, candidate.out_features
-            times = dense_seconds(self.profile, counts, *size, batch=batch, dtype=dtype, workload=workload)
+            times = dense_seconds(self.profile, counts, candidate.in_features, candidate.out_features, **setting)
         else:
-            times = monarch_seconds(self.profile, counts, shape, batch=batch, dtype=dtype, workload=workload)
+            times = monarch_seconds(self.profile, counts, shape, **setting)
         return float(np.dot(times, list(rows.values())))
+
+    def setting(self, candidate: Candidate) -> dict[str, Any]:
+        """What the costs of one candidate depend on besides device, tokens and structure."""
+        around = Surroundings(candidate.bias, candidate.activated, candidate.together)
+        return {"batch": candidate.batch, "dtype": self.dtype, "workload": self.workload, "around": around}
 
 
 def token_mix(tokens: Tokens, candidates: Sequence[Candidate], given: bool) -> tuple[dict[int, float], str]:

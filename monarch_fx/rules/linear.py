@@ -17,4 +17,5 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Product | Refusal | Non
         return Refusal(f"the weight of linear has {weight.ndim} dimensions, not 2")
     if weight.gathered:
         return Refusal("its rows are chosen at run time")
-    return Product(weight.matrix(out=[0], inp=[1]), input, lambda multiply: multiply(input, bias))
+    matrix = weight.matrix(out=[0], inp=[1])
+    return Product(matrix, input, lambda multiply: multiply(input, bias), bias=bias is not None)
