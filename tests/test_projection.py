@@ -197,3 +197,36 @@ def test_expected_seconds_grow_with_the_work() -> None:
     assert expected_seconds([(8, 768, 768)], [(1, 1)]) == pytest.approx(8 * one)
     assert expected_seconds([(1, 768, 768)], [(1, 1), (4, 4)]) > one
     assert expected_seconds([(1, 4096, 4096)], [(1, 1)]) > 10 * one
+
+
+def falling(n: int) -> Tensor:
+    """Singular values that fall as those of trained weights do."""
+    ends = [torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q for _ in range(2)]
+    return ends[0] * torch.arange(1, n + 1) ** -0.5 @ ends[1]
+
+
+@pytest.mark.parametrize("kind", ["flat", "falling", "low rank", "outlier", "zero", "blocks"])
+def test_few_of_many_directions(kind: str) -> None:
+    """Iteration takes the place of a decomposition there."""
+    n, rank, grid = 512, 64, (1, 1)
+    if kind == "flat":
+        weight = torch.randn(n, 600)
+    elif kind == "falling":
+        weight = falling(n).float()
+    elif kind == "low rank":
+        weight = torch.randn(n, 40) @ torch.randn(40, n)
+    elif kind == "outlier":
+        weight = torch.randn(n, n)
+        weight[3] *= 1e3
+    elif kind == "zero":
+        weight = torch.zeros(n, n)
+    else:  # of very different energies
+        weight, grid = torch.cat([torch.randn(n, n), 1e-3 * torch.randn(n, n)]), (2, 1)
+    monarch = project(weight, MonarchShape(weight.shape[1], weight.shape[0], *grid, rank))
+    for block, found in zip(weight.double().chunk(grid[0]), wide(monarch).chunk(grid[0]), strict=True):
+        energies = torch.linalg.svdvals(block).square()
+        # its own rule of when to stop, and the rounding of float32 factors
+        wanted = 1.001 * energies[rank:].sum() + torch.finfo(torch.float32).eps ** 2 * energies.sum()
+        assert (block - found).square().sum() <= wanted
+    norms = [factor.norm(dim=-1) for factor in (monarch.R.transpose(0, 1), monarch.L)]
+    torch.testing.assert_close(*norms)

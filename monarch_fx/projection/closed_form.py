@@ -7,6 +7,7 @@ from torch import Tensor
 
 from monarch_fx.errors import StructureError
 from monarch_fx.projection.blocks import check_weight, cut, small_gram
+from monarch_fx.projection.leading import leading
 from monarch_fx.structure import Monarch, MonarchShape
 
 # Eigenvectors of a float64 Gram lose singular values below 1e-8 of the largest: less than float32 itself can hold.
@@ -58,7 +59,7 @@ def _factor(blocks: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         left, right = (U * S.unsqueeze(-2))[..., :rank].mT, Vh[..., :rank, :]
     else:
         # W V V^H with orthonormal V is exact at full rank, however inaccurate the small eigenvalues are.
-        vectors = torch.linalg.eigh(small_gram(wide)).eigenvectors[..., -rank:].flip(-1)
+        vectors = leading(small_gram(wide), rank).flip(-1)
         if blocks.shape[-1] <= blocks.shape[-2]:
             left, right = (wide @ vectors).mT, vectors.mH
         else:
