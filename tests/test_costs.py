@@ -21,10 +21,12 @@ from monarch_fx.costs import (
     dense_seconds,
     fit,
     formulas,
+    kernel,
     measure,
     measure_device,
     monarch_seconds,
     resolve,
+    symbols,
     timing,
 )
 from monarch_fx.costs.predict import EVEN_TOKENS, MOST_TOKENS
@@ -46,7 +48,7 @@ def count(expression: sympy.Expr, shape: MonarchShape, tokens: int, batch: int =
     """The value of an expression in sizes."""
     grid = (shape.nblocks_out, shape.nblocks_in, shape.rank)
     values = (tokens, shape.in_features, shape.out_features, *grid, batch, dtype_bytes)
-    return int(expression.subs(dict(zip(formulas.SIZES, values, strict=True))))
+    return int(expression.subs(dict(zip(symbols.SIZES, values, strict=True))))
 
 
 class TestFormulas:
@@ -73,8 +75,8 @@ class TestFormulas:
     def test_transposes_that_only_rename_dimensions_are_free(self) -> None:
         def moved(nblocks_out: int, nblocks_in: int, tokens: int) -> tuple[int, int]:
             shape = MonarchShape(32, 32, nblocks_out, nblocks_in, rank=2)
-            kernels = [kernel for kernel in formulas.monarch() if isinstance(kernel, formulas.Copy)]
-            padding, middle, last = (count(kernel.bytes_moved, shape, tokens) for kernel in kernels)
+            kernels = [each for each in formulas.monarch() if isinstance(each, kernel.Copy)]
+            padding, middle, last = (count(each.bytes_moved, shape, tokens) for each in kernels)
             assert padding == 0
             return middle, last
 
@@ -102,8 +104,8 @@ class TestFormulas:
     def test_training_moves_operands_three_times_and_copies_twice(self) -> None:
         shape = MonarchShape(32, 16, 2, 4, rank=3)
         forward = formulas.monarch("inference")
-        products = [kernel for kernel in forward if isinstance(kernel, formulas.Product)]
-        copies = [kernel for kernel in forward if isinstance(kernel, formulas.Copy)]
+        products = [each for each in forward if isinstance(each, kernel.Product)]
+        copies = [each for each in forward if isinstance(each, kernel.Copy)]
         expected = 3 * count(formulas.bytes_moved(products), shape, 5) + 2 * count(
             formulas.bytes_moved(copies), shape, 5
         )
@@ -307,7 +309,7 @@ class TestLoweringsOfAGpu:
     @pytest.mark.parametrize("second", ["library", "own"])
     def test_the_same_work_without_copies(self, first: str, second: str) -> None:
         kernels = formulas.without_copies(first, second)
-        assert not any(isinstance(kernel, formulas.Copy) for kernel in kernels)
+        assert not any(isinstance(each, kernel.Copy) for each in kernels)
         assert count(formulas.flops(kernels), self.shape, tokens=7) == 2 * 7 * self.shape.params
 
     def test_gradients_of_factors_by_hand(self) -> None:

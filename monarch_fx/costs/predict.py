@@ -11,8 +11,8 @@ import sympy
 from numpy.typing import NDArray
 
 from monarch_fx.costs import formulas
-from monarch_fx.costs.formulas import DEVICE, SIZES
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
+from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
 from monarch_fx.structure import MonarchShape
 
@@ -166,7 +166,7 @@ def break_even_tokens(
 
 
 def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
-    """Values of ``formulas.DEVICE``, in its order."""
+    """Values of ``symbols.DEVICE``, in its order."""
     return (
         profile.peak(dtype),
         profile.bandwidth_bytes_per_s,
@@ -187,6 +187,6 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
 
 @functools.cache
 def _function(structure: str, *lowering: str | int) -> Callable[..., Seconds]:
-    """The seconds of a structure as a NumPy function of ``formulas.SIZES`` and ``formulas.DEVICE``."""
+    """The seconds of a structure as a NumPy function of ``formulas.SIZES`` and ``symbols.DEVICE``."""
     kernels = getattr(formulas, structure)(*lowering)
     return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules=["numpy", {"gcd": np.gcd}], cse=True)

@@ -1,0 +1,228 @@
+"""The kernels that products are made of: FLOPs, bytes and seconds of each, as sympy expressions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import sympy
+from sympy import Expr, Max, Min, floor
+
+from monarch_fx.costs.symbols import (
+    bandwidth_bytes_per_s,
+    batch,
+    ceil_div,
+    copy_bytes_per_s,
+    dtype_bytes,
+    fill,
+    fused_efficiency,
+    greatest_common_divisor,
+    kernel_efficiency,
+    kernel_fill,
+    kernel_launch_s,
+    kernel_overlap,
+    launch_s,
+    nblocks_in,
+    nblocks_out,
+    overlap,
+    p,
+    peak_flops,
+    rank,
+    s,
+    tile,
+    tokens,
+    units,
+    vector_flops,
+)
+
+SUM_TILE = 128  # of the gradients of factors
+SUM_BLOCK = 64  # tokens that are added up at once
+MOST_PARTS = 64
+# GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
+ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
+
+
+@dataclass(frozen=True)
+class Product:
+    """``batch`` products (m, k) @ (k, n) in one launch, ``launches`` times; ``own``: by a kernel of this library."""
+
+    batch: Expr
+    m: Expr
+    k: Expr
+    n: Expr
+    launches: Expr = sympy.S.One
+    own: bool = False
+
+    @property
+    def flops(self) -> Expr:
+        """Multiplications and additions, one each for every (batch, m, k, n)."""
+        return 2 * self.launches * self.batch * self.m * self.k * self.n
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Both operands read once, the result written once."""
+        return self.launches * self._bytes_moved
+
+    @property
+    def _bytes_moved(self) -> Expr:
+        return dtype_bytes * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+
+    @property
+    def seconds(self) -> Expr:
+        """Compute, traffic, as far as they don't overlap, and one launch.
+
+        ``units`` tiles of ``tile x tile`` results are computed at once, so the device is idle in the last, partly
+        filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. This library's own kernels have
+        constants of their own.
+        """
+        peak, launch, hidden, steps = peak_flops, launch_s, overlap, fill
+        if self.own:
+            peak, launch, hidden, steps = peak_flops * kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_fill
+        waves = ceil_div(self.batch * ceil_div(self.m, tile) * ceil_div(self.n, tile), units)
+        compute_s = waves * units * 2 * tile**2 * (self.k + steps) / peak
+        traffic_s = self._bytes_moved / bandwidth_bytes_per_s
+        return self.launches * (launch + _overlapped(compute_s, traffic_s, hidden))
+
+    @property
+    def backward(self) -> tuple[Product, ...]:
+        """The gradients of both operands."""
+        batch, m, k, n = self.batch, self.m, self.k, self.n
+        return Product(batch, m, n, k, self.launches), Product(self.launches * batch, k, m, n)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """A whole Monarch product in one kernel of this library, whose programs have 64 tokens and a row of blocks each."""
+
+    rows: Expr  # of factors that a program computes with: the rank, rounded up to a power of two
+
+    @property
+    def flops(self) -> Expr:
+        """Multiplications and additions of both halves."""
+        return 2 * batch * tokens * nblocks_out * nblocks_in * rank * (p + s)
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Activations and factors read once, the result written once; the intermediate stays on chip."""
+        factors = nblocks_out * nblocks_in * rank * (p + s)
+        return dtype_bytes * (tokens * (nblocks_in * p + nblocks_out * s) + factors)
+
+    @property
+    def seconds(self) -> Expr:
+        """As of ``Product``, with ``2 * units`` programs at once."""
+        waves = ceil_div(ceil_div(tokens, 64) * nblocks_out, 2 * units)
+        program = 2 * 64 * nblocks_in * self.rows * (p + s + kernel_fill)
+        compute_s = waves * 2 * units * program / (peak_flops * fused_efficiency)
+        return kernel_launch_s + _overlapped(compute_s, self.bytes_moved / bandwidth_bytes_per_s, kernel_overlap)
+
+
+@dataclass(frozen=True)
+class TokenSum:
+    """The gradients of ``batch`` matrices (m, n), as sums over all tokens, in one call of a library.
+
+    Tiles are few where the sums are long. So that no unit is idle they are cut into parts where that is faster, which
+    are stored in float32 and added up by a second launch. Parts are equal: 25,216 tokens, 394 blocks, are cut in two.
+    """
+
+    batch: Expr
+    m: Expr
+    n: Expr
+
+    @property
+    def flops(self) -> Expr:
+        """Multiplications and additions, one each for every (batch, token, m, n)."""
+        return 2 * self.batch * tokens * self.m * self.n
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Both operands read once, the result written once; parts stay in a cache."""
+        return dtype_bytes * self.batch * (tokens * (self.m + self.n) + self.m * self.n)
+
+    @property
+    def seconds(self) -> Expr:
+        """The smaller time of uncut sums and of as many parts as there are units for."""
+        tiles = self.batch * ceil_div(self.m, SUM_TILE) * ceil_div(self.n, SUM_TILE)
+        equal = greatest_common_divisor(tokens, SUM_BLOCK * MOST_PARTS) / SUM_BLOCK
+        parts = Max(1, Min(floor((units + sympy.Rational(1, 2)) / tiles), equal))
+        stored_and_read = 2 * 4 * parts * self.batch * self.m * self.n
+        return launch_s + Min(
+            self._in_parts(tiles, sympy.S.One),
+            self._in_parts(tiles, parts) + launch_s + stored_and_read / bandwidth_bytes_per_s,
+        )
+
+    def _in_parts(self, tiles: Expr, parts: Expr) -> Expr:
+        waves = ceil_div(tiles * parts, units)
+        compute_s = waves * units * 2 * SUM_TILE**2 * (tokens / parts + fill) / peak_flops
+        return _overlapped(compute_s, self.bytes_moved / bandwidth_bytes_per_s, overlap)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A function of every one of ``elements`` results that a kernel of its own reads and writes."""
+
+    elements: Expr
+
+    @property
+    def flops(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Every number read once and written once."""
+        return 2 * dtype_bytes * self.elements
+
+    @property
+    def seconds(self) -> Expr:
+        return launch_s + self.bytes_moved / bandwidth_bytes_per_s
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """The same function, in the kernel of this library that computes the results: arithmetic of its vector units."""
+
+    elements: Expr
+
+    @property
+    def flops(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def bytes_moved(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def seconds(self) -> Expr:
+        """As far as other tiles' products don't hide it."""
+        return (1 - kernel_overlap) * ACTIVATION_FLOPS * self.elements / vector_flops
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of ``elements`` numbers to another place; ``needed`` is 0 where a view does, else 1."""
+
+    elements: Expr
+    needed: Expr
+
+    @property
+    def flops(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Every number read once and written once."""
+        return 2 * dtype_bytes * self.elements * self.needed
+
+    @property
+    def seconds(self) -> Expr:
+        return self.bytes_moved / copy_bytes_per_s + launch_s * self.needed
+
+    @property
+    def backward(self) -> tuple[Copy, ...]:
+        """The gradient is copied back."""
+        return (self,)
+
+
+Kernel = Product | Copy | Fused | TokenSum | Pass | Epilogue
+
+
+def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr) -> Expr:
+    return Max(compute_s, traffic_s) + (1 - hidden) * Min(compute_s, traffic_s)
