@@ -44,7 +44,7 @@ class Size:
 
 
 SMALL = Size(192, 3, 16, 400, 1e-3, 500)
-FULL = Size(768, 12, 512, 2000, 5e-4, 10000)  # ViT-B, Mixer-B
+FULL = Size(768, 12, 256, 1500, 5e-4, 10000)  # ViT-B, Mixer-B
 
 
 class Mixer(nn.Module):
@@ -125,9 +125,8 @@ def main() -> int:
     if options.model == "mixer":
         choices["exclude"] = ["embed*", "head*"]
     for seed in seeds(options):
-        settings = Settings(
-            options.out, options.steps or size.steps, size.lr, seed=seed, weight_decay=0.05, full=options.full
-        )
+        steps = options.steps or size.steps
+        settings = Settings(options.out, steps, size.lr, seed=seed, weight_decay=0.05, full=options.full, evaluations=6)
 
         def batch(step: int, seed: int = seed) -> tuple[Tensor, Tensor]:
             picked = picks(len(images), size.batch, step, seed).to(images.device)

@@ -45,7 +45,7 @@ class Size:
 
 
 SMALL = Size(side=64, coils=4, batch=8, steps=600, lr=1e-3)
-FULL = Size(side=192, coils=8, batch=16, steps=10000, lr=5e-4)
+FULL = Size(side=192, coils=8, batch=16, steps=4000, lr=1e-3)
 ACCELERATIONS = (2, 4)
 
 

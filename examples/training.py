@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import math
 import sys
 import time
@@ -129,6 +130,9 @@ def train(
         groups: Parameter groups; by default those of ``monarch_fx.parameter_groups``.
     """
     at, checkpoint = device(), settings.out / f"{name}.pt"
+    if at.type == "cuda":  # recorded steps of runs before this one hold their memory
+        gc.collect()
+        torch.cuda.empty_cache()
     model.to(at).train()
     groups = groups or mfx.parameter_groups(model, lr=settings.lr, weight_decay=settings.weight_decay)
     optimizer = _optimizer(groups, at)
@@ -204,7 +208,7 @@ def _optimizer(groups: list[dict[str, Any]], at: torch.device) -> torch.optim.Op
     if at.type != "cuda":
         return torch.optim.AdamW(groups)
     fused = not any(p.is_complex() for group in groups for p in group["params"])
-    optimizer = torch.optim.AdamW(groups, fused=fused, capturable=True)
+    optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused, capturable=True)
     _rates_to(optimizer, at)
     return optimizer
 
