@@ -38,7 +38,7 @@ TIMED_TOKENS, ROUNDS = (16384, 30) if DEVICE == "cuda" else (1024, 5)
 RECOMPILES = 256  # of the same code: the layers of all plans
 RECOVERED, MINUTES = (0.5,), 1 if DEVICE == "cuda" else 5  # budgets, and how long their best two methods are distilled
 RECOVERY_TEXTS = 400  # sequences or batches of the calibration articles
-LOW_RANK, OURS = "low rank by loss, our plan", "ours"
+LOW_RANK, OURS = "low rank by loss, our plan, in order", "ours"
 UNIFORM = "whitened low rank, uniform"  # SVD-LLM, arXiv 2403.07378
 PERPLEXITY_TARGET = 1 / 0.75  # perplexity increase of uniform whitened low rank over ours, at budgets 0.5 to 0.8
 ERROR_TARGET = 4.0  # output errors of plain Monarch over ours
@@ -93,14 +93,15 @@ class Subject:
     model: nn.Module
     include: list[str] | None
     calibration: mfx.Calibration
-    example: Batch
+    seen: list[Batch]  # that the calibration was made on
     texts: list[Batch]  # to recover on
     clock: Clock
     grids: dict[int, mfx.Plan] = field(default_factory=dict)  # by the number of blocks in both directions
+    plans: dict[tuple[float, int | None], mfx.Plan] = field(default_factory=dict)  # by budget and number of blocks
 
     def options(self, **config: Any) -> dict[str, Any]:
         choices = mfx.MonarchConfig(require_speedup=False, **config)
-        return {"example_inputs": self.example, "include": self.include, "config": choices}
+        return {"example_inputs": self.seen[0], "include": self.include, "config": choices}
 
     def uniform(self, budget: float, nblocks: int, calibration: mfx.Calibration | None) -> nn.Module:
         """The same share of every product, on one grid."""
@@ -119,8 +120,13 @@ class Subject:
         seen = {name: replace(found, gradients=None) for name, found in self.calibration.statistics.items()}
         return replace(self.calibration, statistics=seen, loss=None)
 
-    def planned(self, budget: float, **config: Any) -> nn.Module:
-        return mfx.monarchify(self.model, budget, calibration=self.calibration, **self.options(**config))
+    def planned(self, budget: float, in_order: bool, nblocks: int | None = None) -> nn.Module:
+        key = budget, nblocks
+        if key not in self.plans:
+            options = self.options(nblocks=nblocks)
+            self.plans[key] = mfx.plan(self.model, budget, calibration=self.calibration, **options)
+        anchor = self.seen if in_order else None
+        return mfx.monarchify(self.model, plan=self.plans[key], calibration=self.calibration, anchor=anchor)
 
 
 METHODS: dict[str, Callable[[Subject, float], nn.Module]] = {
@@ -128,8 +134,10 @@ METHODS: dict[str, Callable[[Subject, float], nn.Module]] = {
     "plain low rank": lambda subject, budget: subject.uniform(budget, 1, None),
     UNIFORM: lambda subject, budget: subject.uniform(budget, 1, subject.inputs_alone()),
     "low rank by loss, uniform": lambda subject, budget: subject.uniform(budget, 1, subject.calibration),
-    LOW_RANK: lambda subject, budget: subject.planned(budget, nblocks=1),
-    OURS: lambda subject, budget: subject.planned(budget),
+    "low rank by loss, our plan": lambda subject, budget: subject.planned(budget, False, nblocks=1),
+    LOW_RANK: lambda subject, budget: subject.planned(budget, True, nblocks=1),
+    "ours, not in order": lambda subject, budget: subject.planned(budget, False),
+    OURS: lambda subject, budget: subject.planned(budget, True),
 }
 
 
@@ -174,7 +182,7 @@ def minilm() -> Iterator[Table]:
     texts = batches(_spread(paragraphs("calibration"), RECOVERY_TEXTS * SENTENCES))
     timed = {"input_ids": torch.randint(model.config.vocab_size, (TIMED_TOKENS // 128, 128), device=DEVICE)}
     clock = Clock(model, inference, timed)
-    subject = Subject(model, None, calibration, seen[0], texts, clock)
+    subject = Subject(model, None, calibration, seen, texts, clock)
     return _table(subject, measure, "dense", "people", better=1)
 
 
@@ -208,7 +216,7 @@ def _smollm2(include: list[str] | None) -> Iterator[Table]:
         timed = prompt(model.config.to_dict(), LENGTH)
     timed["input_ids"] = timed["input_ids"].repeat(TIMED_TOKENS // LENGTH, 1)
     clock = Clock(model, prefill, timed)
-    subject = Subject(model, include, calibration, seen[0], sequences("calibration", RECOVERY_TEXTS), clock)
+    subject = Subject(model, include, calibration, seen, sequences("calibration", RECOVERY_TEXTS), clock)
     measure = functools.partial(_perplexity, test)
     return _table(subject, measure, "perplexity", None, better=-1)
 
