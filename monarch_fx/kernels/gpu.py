@@ -238,10 +238,11 @@ def _fake_product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor
 
 # Without torch.library.custom_op, whose wrapper takes longer than some of the kernels
 _LIBRARY = torch.library.Library("monarch_fx_kernels", "FRAGMENT")
-_EXACT = {"tags": (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)}
-_LIBRARY.define("product(Tensor x, Tensor R, Tensor L, Tensor? bias, Tensor? gate, str activation) -> Tensor", **_EXACT)
-_LIBRARY.define("product_and_intermediate(Tensor x, Tensor R, Tensor L, Tensor? bias) -> (Tensor, Tensor)", **_EXACT)
-_LIBRARY.define("together(Tensor x, Tensor[] R, Tensor[] L, Tensor?[] biases, str? gated) -> Tensor[]", **_EXACT)
+# Operands of any strides do: with exact ones Inductor writes an activation twice, for the product and to be saved.
+_TAGS = {"tags": (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)}
+_LIBRARY.define("product(Tensor x, Tensor R, Tensor L, Tensor? bias, Tensor? gate, str activation) -> Tensor", **_TAGS)
+_LIBRARY.define("product_and_intermediate(Tensor x, Tensor R, Tensor L, Tensor? bias) -> (Tensor, Tensor)", **_TAGS)
+_LIBRARY.define("together(Tensor x, Tensor[] R, Tensor[] L, Tensor?[] biases, str? gated) -> Tensor[]", **_TAGS)
 _LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
 _LIBRARY.impl("product_and_intermediate", _product_and_intermediate, "CompositeExplicitAutograd")
 _LIBRARY.impl("together", _together, "CompositeExplicitAutograd")
