@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +18,7 @@ class Step:
     """Calls ``run(batch) -> loss``; on a GPU it is recorded after a few calls, and replayed from then on.
 
     Args:
-        run: A whole step, the optimizer's included, that leaves no gradients behind and never waits for the GPU.
+        run: A whole step, the optimizer's included, that starts without gradients and never waits for the GPU.
         device: Where it runs.
     """
 
@@ -55,6 +56,7 @@ class Step:
         return loss
 
     def _recorded(self, batch: Any) -> bool:
+        gc.collect()  # memory that is given back while a step is recorded would spoil it
         self.batch, graph = tree_map(torch.clone, batch), torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
