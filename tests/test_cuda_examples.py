@@ -48,7 +48,7 @@ def test_recorded_steps_train_as_launched_ones(tmp_path: Path, monkeypatch: pyte
     torch.testing.assert_close(recorded.figures["loss"], found.figures["loss"], rtol=1e-2, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.*")  # hints of the compiler
 @pytest.mark.parametrize("densify_at", [None, 30])
 def test_a_compiled_language_model_learns_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, densify_at: int | None
