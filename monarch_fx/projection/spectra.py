@@ -11,6 +11,7 @@ from monarch_fx.projection.activation import block_roots, damped
 from monarch_fx.projection.blocks import check_weight, cut, small_gram
 
 Grid = tuple[int, int]  # (nblocks_out, nblocks_in)
+JACOBI = 512  # up to this side float32 goes another way on a GPU, which takes two to three times as long as float64
 
 
 @torch.no_grad()
@@ -64,7 +65,10 @@ def _roots(gram: Tensor | None, features: int, counts: set[int], device: torch.d
 
 def _energies(blocks: Tensor) -> Tensor:
     """Squared singular values in falling order, summed over the blocks (n_out, n_in, s, p): (min(p, s),)."""
-    return torch.linalg.eigvalsh(small_gram(blocks)).double().clamp_min(0).sum((0, 1)).flip(0).cpu()
+    gram = small_gram(blocks)
+    if gram.is_cuda and gram.shape[-1] <= JACOBI:
+        gram = gram.double()
+    return torch.linalg.eigvalsh(gram).double().clamp_min(0).sum((0, 1)).flip(0).cpu()
 
 
 def tail_of(energies: Tensor) -> Tensor:
