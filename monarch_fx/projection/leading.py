@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# From this side on iteration is quicker for one vector in so many: 1.2 to 3 times on a CPU thread, 1.6 to 3.9 times on an
-# H100. For one in four it is slower on a CPU, and on the H100 about as quick.
+# From this side on iteration is quicker for one vector in so many: 1.2 to 3 times on a CPU thread, 2.3 to 3.9 times on
+# an H100. For one in four it is slower on the CPU, and on the H100 quicker for a single block only.
 SIDE, FEW = 512, 8
 OVER = 8  # for one in so many that are wanted one more is carried along
 DEGREE = 4  # of the filter
