@@ -2,13 +2,9 @@
 
 With C = E[x x^T] of the inputs and G = E[g g^T] of the loss gradients at the outputs the error is
 ``tr G (W - M) C (W - M)^T``; without gradients G = I, and it is that of the outputs themselves. A single block is
-solved exactly by the SVD of G^(1/2) W C^(1/2) (with G = I as in SVD-LLM, arXiv 2403.07378); several by block descent,
-each step of which is exact:
-
-    T_jk = M_jk + G_jj^-1 (G (W - M) C)_jk C_kk^-1      what block (j, k) has to be, the others given
-    M_jk = best rank-r approximation of T_jk in the norms of G_jj and C_kk
-
-and by a least-squares fit of the L_j, row by row, at the end. None of them can make the error larger.
+solved exactly by the SVD of G^(1/2) W C^(1/2) (with G = I as in SVD-LLM, arXiv 2403.07378). Several start from that of
+each by itself, and alternate between two least-squares problems: all L of a row of blocks together, all R of a column
+together. Each is solved exactly, so that none of them can make the error larger.
 
 Where M gets other inputs x' than W, those of a model that is compressed already, C = E[x' x'^T], and what M is to come
 near to is the regression of W x on x', ``W + W E[(x - x') x'^T] C^-1``.
@@ -147,21 +143,12 @@ def _descend(matrix: Tensor, shape: MonarchShape, C: Tensor, G: Tensor, sweeps: 
     E = W - L.mT @ R
     error = float("inf")
     for _ in range(sweeps):
-        for k in range(n_in):
-            columns = C[:, k * shape.p : (k + 1) * shape.p]
-            EC = _rows(E) @ columns  # (out, p)
-            for j in range(n_out):
-                rows = slice(j * shape.s, (j + 1) * shape.s)
-                old = L[j, k].mT @ R[j, k]
-                step = torch.cholesky_solve(torch.cholesky_solve(G[rows] @ EC, left[j]).mT, right[k]).mT
-                L[j, k], R[j, k] = _best(old + step, left[j], right[k], shape.rank)
-                change = old - L[j, k].mT @ R[j, k]
-                E[j, k] += change
-                EC[rows] += change @ columns[k * shape.p : (k + 1) * shape.p]
+        _refit(E, L, R, C, G, left)
+        _refit(E.mT.transpose(0, 1), R.transpose(0, 1), L.transpose(0, 1), G, C, right)
         last, error = error, float(((G @ _rows(E) @ C) * _rows(E)).sum())
         if error > (1 - ENOUGH) * last:
             break
-    return _refitted(W, E, L, R, C, G, left), R
+    return L, R
 
 
 def _rows(blocks: Tensor) -> Tensor:
@@ -180,20 +167,18 @@ def _best(T: Tensor, left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Te
     return (T @ right @ vectors).mT, torch.linalg.solve_triangular(right.mT, vectors, upper=True).mT
 
 
-def _refitted(W: Tensor, E: Tensor, L: Tensor, R: Tensor, C: Tensor, G: Tensor, left: Tensor) -> Tensor:
-    """All L of a row of blocks together, one row after the other: ``L_j = (V_j C V_j^T)^-1 V_j C T_j^T`` with V_j the
-    R_jk on a block diagonal, and ``T_j = M_j + G_jj^-1 (G (W - M))_j`` what the row has to be."""
+def _refit(E: Tensor, L: Tensor, R: Tensor, C: Tensor, G: Tensor, left: Tensor) -> None:
+    """Makes L the best for these R, in place, all blocks of a row together and one row after the other; E (n_out, n_in,
+    s, p) is what is missing, W - M. With V_j the R_jk on a block diagonal L_j gets more by
+    ``(V_j C V_j^T)^-1 V_j C (G_jj^-1 (G E)_j)^T``."""
     n_out, n_in, rank, _ = R.shape
-    s = W.shape[2]
-    L = L.clone()
+    s = E.shape[2]
     for j in range(n_out):
-        rows = slice(j * s, (j + 1) * s)
-        M = _rows((W - E)[j : j + 1])
-        T = M + torch.cholesky_solve(G[rows] @ _rows(E), left[j])
         V = torch.block_diag(*R[j])
         VC = V @ C  # (n_in * rank, n_in * p)
         normal = VC @ V.mT
         normal.diagonal().add_(RIDGE * (float(normal.diagonal().mean()) or 1.0))
-        L[j] = torch.linalg.solve(normal, VC @ T.mT).unflatten(0, (n_in, rank))
-        E[j] = W[j] - L[j].mT @ R[j]
-    return L
+        felt = torch.cholesky_solve(G[j * s : (j + 1) * s] @ (_rows(E) @ VC.mT), left[j])
+        more = torch.linalg.solve(normal, felt.mT).unflatten(0, (n_in, rank))
+        L[j] += more
+        E[j] -= more.mT @ R[j]
