@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,11 @@ from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import check_batches, own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.losses import attention_mask, distance
+from monarch_fx.passes.permute import felt, find_hidden, reorder, reordered, reordered_statistics
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import OBJECTIVES, decide
 from monarch_fx.planning.workload import Tokens, planned_dtype, token_mix
-from monarch_fx.records import Candidate, Plan, Report
+from monarch_fx.records import Candidate, HiddenOrder, Plan, Report
 from monarch_fx.structure import Monarch, MonarchShape
 
 _REPORT = "_monarch_fx_report"
@@ -128,12 +129,16 @@ def _make_plan(
     mix, tokens_source = token_mix(tokens, candidates, captured.given)
     dtype = planned_dtype(candidates)
     calibrated = None if calibration is None else _calibrated(model, candidates, calibration)
-    errors, error_source = assess.errors(model, candidates, config, calibrated)
+    orders: tuple[HiddenOrder, ...] = ()
+    if calibrated is not None and config.reorder and config.grid != (1, 1):
+        orders = assess.orders(model, find_hidden(captured, model), candidates, calibrated)
+    planned, seen = reordered(model, orders), _reordered(calibrated, candidates, orders)
+    errors, error_source = assess.errors(planned, candidates, config, seen)
     decisions = decide(
         candidates,
         errors,
-        losses=assess.losses(model, candidates, calibrated),
-        measure=assess.measures(model, candidates, calibrated),
+        losses=assess.losses(planned, candidates, seen),
+        measure=assess.measures(planned, candidates, seen),
         budget=budget,
         objective=objective,
         config=config,
@@ -157,6 +162,7 @@ def _make_plan(
         fingerprint=checks.fingerprint(model),
         capture=captured.how,
         objective=objective,
+        orders=felt(orders, decisions),
     )
     return made, calibrated
 
@@ -252,7 +258,12 @@ def monarchify(
     checks.check_weights(model, rewritten, values=True)
     if calibration is not None and not planned_here:  # else the plan has read the batches, which may come only once
         calibrated = _calibrated(model, rewritten, calibration)
+    calibrated = _reordered(calibrated, rewritten, plan.orders)
     maker = FactorMaker(init, {} if calibrated is None else calibrated.statistics, work_dir)
+    if inplace:
+        reorder(model, plan.orders)
+    else:
+        model = reordered(model, plan.orders)
     if anchor is not None:
         maker.make_in_order(model, plan, anchor)
     return _carry_out(model, plan, maker, inplace, example_inputs)
@@ -442,6 +453,13 @@ def _calibrated(model: nn.Module, candidates: list[Candidate], data: Calibration
             "ties of parameters differ."
         )
     return data
+
+
+def _reordered(
+    calibrated: Calibration | None, candidates: Sequence[Candidate], orders: Sequence[HiddenOrder]
+) -> Calibration | None:
+    """What the products see once hidden features are in these orders."""
+    return calibrated and reordered_statistics(calibrated, {c.name: c.view for c in candidates}, orders)
 
 
 def _check_values(model: nn.Module) -> None:

@@ -1,4 +1,5 @@
-"""What structures would cost a model in quality: estimated errors, what its loss feels of them, measurements."""
+"""What structures would cost a model in quality: estimated errors, what its loss feels of them, measurements; and the
+order of hidden features in which grids cost less."""
 
 from __future__ import annotations
 
@@ -13,9 +14,19 @@ from tqdm.auto import tqdm
 from monarch_fx.config import MonarchConfig
 from monarch_fx.passes import checks
 from monarch_fx.passes.calibrate import Calibration, Statistics
+from monarch_fx.passes.permute import Hidden
 from monarch_fx.planning import grids
-from monarch_fx.projection import energy, expected_seconds, prior_tail, projected_error2, tail_errors
-from monarch_fx.records import Candidate
+from monarch_fx.projection import (
+    energy,
+    expected_seconds,
+    feature_order,
+    prior_tail,
+    projected_error2,
+    read_features,
+    tail_errors,
+    written_features,
+)
+from monarch_fx.records import Candidate, HiddenOrder
 from monarch_fx.structure import MonarchShape
 
 ANNOUNCE_SECONDS = 60.0
@@ -46,6 +57,25 @@ def errors(
         return tails, "block spectra of the weights"
     felt = f", in the norm of {calibrated.loss}" if calibrated.loss else ""
     return tails, f"projections on the calibration inputs{felt}"
+
+
+def orders(
+    model: nn.Module, hidden: Sequence[Hidden], candidates: Sequence[Candidate], calibrated: Calibration
+) -> tuple[HiddenOrder, ...]:
+    """An order of all hidden features for which data tell what the products around them see."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    weights = {c.name: c.view.gather(parameters[c.parameter]) for c in candidates if c.name in calibrated.statistics}
+    found = []
+    for features in tqdm(hidden, desc="order", unit="hidden layer", leave=False, disable=len(hidden) < 2):
+        rows = [
+            form(weights[name], calibrated.statistics[name].inputs, calibrated.statistics[name].gradients)
+            for members, form in ((features.writers, written_features), (features.readers, read_features))
+            for name, _ in members
+            if name in weights
+        ]
+        if rows:
+            found.append(features.in_order(feature_order(rows)))
+    return tuple(found)
 
 
 def measures(

@@ -20,6 +20,8 @@ class MonarchConfig:
         nblocks_choices: The block counts that are tried in both directions where no grid is forced.
         rank_multiple: Ranks that are tried are multiples of this (tensor cores and SIMD lanes want 16).
         require_speedup: Choose only structures that are predicted clearly (5 %) faster than dense.
+        reorder: With calibration data: put hidden features of MLPs in an order in which blocks have lower rank. The
+            dense model computes the same in any.
 
     Raises:
         ConfigError: A field is not a positive integer, or the fields contradict each other.
@@ -32,6 +34,7 @@ class MonarchConfig:
     nblocks_choices: tuple[int, ...] = (1, 2, 3, 4, 8)
     rank_multiple: int = 16
     require_speedup: bool = True
+    reorder: bool = True
 
     def __post_init__(self) -> None:
         for field in ("nblocks", "nblocks_out", "nblocks_in", "rank", "rank_multiple"):

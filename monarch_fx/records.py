@@ -124,6 +124,22 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class HiddenOrder:
+    """Hidden features that are put in another order, which changes the blocks of grids and nothing else.
+
+    Layers that were reordered hold their features in this order also after ``to_dense``. Checkpoints of whole models go
+    on being right; single weights and biases of the original model don't fit beside reordered ones.
+
+    Attributes:
+        along: Parameters, and the dimension of each along which the features run.
+        order: Of the features: the first one is that which had the index ``order[0]`` in the original model.
+    """
+
+    along: tuple[tuple[str, int], ...]
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """What is done with every product of a model, and what was predicted; print it, save it, edit it, replay it.
 
@@ -139,6 +155,7 @@ class Plan:
         model_params: Parameters of the whole model, tied ones counted once.
         fingerprint: Hash of names, shapes and ties of the model that the plan is for.
         capture: How the graph was captured, in words.
+        orders: Hidden features that are put in another order, before anything is projected.
     """
 
     decisions: tuple[Decision, ...]
@@ -155,6 +172,7 @@ class Plan:
     capture: str
     notes: tuple[str, ...] = field(default=())
     objective: str = "params"
+    orders: tuple[HiddenOrder, ...] = ()
 
     @property
     def rewritten(self) -> tuple[Decision, ...]:
@@ -226,7 +244,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text; ``Plan.from_json`` reads it back unchanged."""
-        return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self)}, indent=1)
+        orders = [{"along": o.along, "order": " ".join(map(str, o.order))} for o in self.orders]  # one line each
+        return json.dumps({"version": PLAN_VERSION, **dataclasses.asdict(self), "orders": orders}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Plan:
@@ -276,7 +295,11 @@ def _plan(data: dict[str, Any]) -> Plan:
     declined = tuple(Declined(**item) for item in data.pop("declined"))
     tokens = tuple((int(count), float(weight)) for count, weight in data.pop("tokens"))
     notes = tuple(data.pop("notes"))
-    return Plan(decisions=tuple(decisions), declined=declined, tokens=tokens, notes=notes, **data)
+    orders = tuple(
+        HiddenOrder(tuple((name, d) for name, d in item["along"]), tuple(map(int, item["order"].split())))
+        for item in data.pop("orders", ())
+    )
+    return Plan(tuple(decisions), declined, tokens=tokens, notes=notes, orders=orders, **data)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,14 @@ def check_plan(model: nn.Module, plan: Plan) -> None:
                 f"The plan is for another architecture: it has {candidate.parameter!r} of shape "
                 f"{candidate.parameter_shape}, the model has {has}."
             )
+    for order in plan.orders:
+        for name, dimension in order.along:
+            size = parameters[name].shape[dimension] if name in parameters else 0
+            if sorted(order.order) != list(range(size)):
+                raise PlanMismatchError(
+                    f"The plan's order of the hidden features of {name!r} is no permutation of the {size} that the "
+                    "model has there: make the plan again."
+                )
     if plan.fingerprint != fingerprint(model):
         raise PlanMismatchError(
             f"The plan is for another architecture: names, shapes or ties of parameters differ (fingerprint "

@@ -15,6 +15,7 @@ from monarch_fx.layers.match import Match
 from monarch_fx.passes import rewrite
 from monarch_fx.passes.calibrate import observed
 from monarch_fx.passes.inputs import Inputs
+from monarch_fx.passes.permute import reordered
 from monarch_fx.records import Candidate, Plan
 
 Compare = Callable[[Tensor, Tensor], Tensor]  # outputs of the dense product and of the rewritten one -> what that gives
@@ -25,7 +26,7 @@ class Pair:
 
     Attributes:
         weights: The rewritten model's, by the parameter that they stand for.
-        teacher: A copy of the dense model that shares its values.
+        teacher: A copy of the dense model that shares its values, with hidden features in the order of the plan.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module, plan: Plan) -> None:
@@ -33,7 +34,7 @@ class Pair:
         self._jobs = {name: [d.candidate for d in made] for name, made in rewrite.by_parameter(plan).items()}
         self.weights = {name: cast(MonarchWeight, model.get_submodule(name)) for name in self._jobs}
         candidates = [candidate for mine in self._jobs.values() for candidate in mine]
-        self.teacher = observed(teacher, candidates, self._hear).eval().requires_grad_(False)
+        self.teacher = observed(reordered(teacher, plan.orders), candidates, self._hear).eval().requires_grad_(False)
         self._heard: dict[Any, list[tuple[torch.Size, Tensor]]] | None = None
 
     def run(self, inputs: Inputs, compare: Compare) -> None:

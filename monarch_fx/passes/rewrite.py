@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,11 +64,19 @@ def copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:
         MonarchError: The model can't be copied.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    memo = {id(parameters[name]): nn.Parameter(torch.empty(0), requires_grad=False) for name in names}
+    return copy_with(model, {id(parameters[name]): nn.Parameter(torch.empty(0), requires_grad=False) for name in names})
+
+
+def copy_with(model: nn.Module, others: dict[int, Any]) -> nn.Module:
+    """A deep copy of ``model`` that has ``others`` in the places of the objects with these ids.
+
+    Raises:
+        MonarchError: The model can't be copied.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.export's own modules warn when they are copied
-            return copy.deepcopy(model, memo)
+            return copy.deepcopy(model, others)
     except Exception as error:
         raise MonarchError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): pass inplace=True to rewrite "

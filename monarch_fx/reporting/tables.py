@@ -109,6 +109,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
             if plan.loss is None
             else (("loss", f"{_unless_nan(plan.loss, f'+{plan.loss:.3g}')} predicted to second order"),)
         ),
+        *((("reordered", f"hidden layers, for the blocks' sake: {len(plan.orders)}"),) if plan.orders else ()),
         ("errors", plan.error_source),
         ("captured by", plan.capture),
         *(("note", note) for note in plan.notes),
