@@ -8,6 +8,7 @@ model, W x, from x': errors made before are mended as far as they can be told fr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,8 +24,32 @@ from monarch_fx.passes.inputs import check_batches, user_inputs
 from monarch_fx.passes.losses import counted
 from monarch_fx.records import Candidate
 
-# A product, E[x' x'^T] and E[(x - x') x'^T], or None where they can't be told -> how much its matrix changes.
-Compress = Callable[[Candidate, "tuple[Tensor, Tensor] | None"], Tensor]
+
+@dataclass
+class Moments:
+    """Sums over those tokens of a product that count.
+
+    Attributes:
+        gram: (in, in), of x' x'^T, float64.
+        drift: (in, in), of (x - x') x'^T.
+        tokens: Their number.
+    """
+
+    gram: Tensor
+    drift: Tensor
+    tokens: int = 0
+
+    def add(self, rows: Tensor, wanted: Tensor | None) -> None:
+        """Inputs x' (tokens, in) and those x of the dense model, None where it has no such ones."""
+        self.tokens += len(rows)
+        add_products(self.gram, rows, rows)
+        if wanted is not None:
+            wide = torch.promote_types(rows.dtype, torch.float32)
+            add_products(self.drift, wanted.to(wide) - rows.to(wide), rows)
+
+
+# A product, and what it sees in each half of the sequences, where that is anything -> how much its matrix changes.
+Compress = Callable[[Candidate, Sequence[Moments]], Tensor]
 
 
 def compress_in_order(
@@ -68,35 +93,35 @@ def compress_in_order(
     with tqdm(total=len(plain), desc="project in order", unit="weight", leave=False) as bar:
         for name, candidate in plain.items():
             if len(candidate.calls) > 1:
-                changes[name] = compress(candidate, None)
+                changes[name] = compress(candidate, ())
                 bar.update()
         for name, resting in side_by_side([run for pair in pairs for run in pair], list(plain)):
             changes[name] = compress(plain[name], _moments(pairs, resting, name))
             bar.update()
     for name in [name for name in plain if name not in changes]:
-        compress(plain[name], None)
+        compress(plain[name], ())
 
 
-def _moments(pairs: Sequence[tuple[Run, Run]], resting: Sequence[Run], name: str) -> tuple[Tensor, Tensor] | None:
-    """Means over the tokens that count; a batch that the dense model doesn't send here, or in another shape, as if both
-    had sent the same."""
-    here, tokens = set(resting), 0
-    gram, drift = torch.zeros(()), torch.zeros(())
+def _moments(pairs: Sequence[tuple[Run, Run]], resting: Sequence[Run], name: str) -> list[Moments]:
+    """Of every other sequence, and of those between. A batch that the dense model doesn't send here, or in another
+    shape, counts as if both had sent the same."""
+    here, sequences = set(resting), 0
+    halves: list[Moments] = []
     for dense, compressed in pairs:
         if compressed not in here:
             continue
         assert compressed.x is not None
-        rows = counted(compressed.x, compressed.mask)
-        if not tokens:
-            size = rows.shape[1]
-            gram, drift = (rows.new_zeros(size, size, dtype=torch.float64) for _ in range(2))
-        tokens += len(rows)
-        add_products(gram, rows, rows)
-        if dense in here and dense.x is not None and dense.x.shape == compressed.x.shape:
-            wide = torch.promote_types(rows.dtype, torch.float32)
-            add_products(drift, counted(dense.x, dense.mask).to(wide) - rows.to(wide), rows)
-    if not tokens:
-        return None
-    if not (torch.isfinite(gram).all() and torch.isfinite(drift).all()):
+        x = torch.atleast_2d(compressed.x)
+        if not halves:
+            zero = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
+            halves = [Moments(zero.clone(), zero.clone()) for _ in range(2)]
+        same = dense in here and dense.x is not None and dense.x.shape == compressed.x.shape
+        for i, half in enumerate(halves):
+            mine = slice((sequences + i) % 2, None, 2)
+            mask = None if compressed.mask is None else compressed.mask[mine]
+            wanted = counted(torch.atleast_2d(dense.x)[mine], mask) if same else None
+            half.add(counted(x[mine], mask), wanted)
+        sequences += len(x)
+    if not all(torch.isfinite(half.gram + half.drift).all() for half in halves):
         raise ConfigError(f"On the anchor data {name!r} sees NaN or infinity: mend the data, or exclude it.")
-    return gram / tokens, drift / tokens
+    return [half for half in halves if half.tokens]

@@ -12,6 +12,8 @@ near to is the regression of W x on x', ``W + W E[(x - x') x'^T] C^-1``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -60,6 +62,29 @@ def project_on_inputs(
         L.copy_(left)
         R.copy_(right.transpose(0, 1))
     return min(best, monarch, key=lambda found: output_error(weight, found, gram, gradients))
+
+
+@torch.no_grad()
+def lasting_share(weight: Tensor, halves: Sequence[tuple[Tensor, Tensor]], gradients: Tensor | None = None) -> float:
+    """How much of what regression on the inputs mends holds on data that it was not made of, in [0, 1].
+
+    Args:
+        weight: (out, in).
+        halves: For each of two halves of the data the means of x' x'^T and of (x - x') x'^T, (in, in).
+        gradients: As for ``project_on_inputs``.
+
+    Returns:
+        The factor of each half's regression of W (x - x') that comes nearest to it on the other half.
+    """
+    W = weight.detach().double()
+    (C0, D0), (C1, D1) = ((gram.double(), W @ drift.double()) for gram, drift in halves)
+    G = torch.eye(len(W), dtype=W.dtype, device=W.device) if gradients is None else gradients.to(W.device).double()
+    found = possible = 0.0
+    for C, D, other_C, other_D in ((C0, D0, C1, D1), (C1, D1, C0, D0)):
+        step = torch.cholesky_solve(D.mT, torch.linalg.cholesky(damped(C, len(C)))).mT
+        found += float(((G @ step) * other_D).sum())
+        possible += energy(step, other_C, G)
+    return min(max(found / possible, 0.0), 1.0) if possible > 0 else 0.0
 
 
 def output_error(weight: Tensor, monarch: Monarch, gram: Tensor, gradients: Tensor | None = None) -> float:
