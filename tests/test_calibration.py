@@ -224,6 +224,18 @@ def test_the_plan_weighs_outputs(batches: list[torch.Tensor]) -> None:
     assert plan["1.weight"].params < plan["3.weight"].params
 
 
+@pytest.mark.parametrize("reorder", [False, True])
+def test_inputs_that_are_pruned(reorder: bool) -> None:
+    """Blocks of zeros get factors of zeros, however little the loss feels them."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 10)).eval()
+    model[0].weight.data[:, :16] = 0
+    batches = [torch.cat([torch.zeros(64, 16), torch.randn(64, 16)], 1) for _ in range(3)]
+    config = mfx.MonarchConfig(nblocks=2, rank=4, reorder=reorder)
+    made = mfx.monarchify(model, example_inputs=batches[0], config=config, calibration=batches)
+    assert torch.isfinite(made(batches[0])).all()
+    assert all(error > 0.01 for _, error in mfx.report(made).errors)  # ranks of 4 can't be exact
+
+
 def test_a_product_that_no_batch_reaches_is_projected_plainly(model: nn.Module) -> None:
     """And batches that can be read only once are not asked for again."""
 
@@ -253,7 +265,7 @@ def test_refusals(model: nn.Module, batches: list[torch.Tensor]) -> None:
         mfx.plan(model, example_inputs=batches[0], calibration=[], **HALF)
     with pytest.raises(ExampleInputsError, match=r"don't fit Mixed\.forward"):
         mfx.plan(model, example_inputs=batches[0], calibration=[{"y": batches[0]}], **HALF)
-    with pytest.raises(ConfigError, match="calibration is for init="):
+    with pytest.raises(ConfigError, match="calibration and anchor are for init="):
         mfx.monarchify(model, example_inputs=batches[0], calibration=batches, init="random", **HALF)
     with pytest.raises(MetaDeviceError, match="can't run calibration batches"):
         mfx.plan(copy.deepcopy(model).to("meta"), example_inputs=batches[0], calibration=batches, **HALF)

@@ -92,7 +92,7 @@ def output_error(weight: Tensor, monarch: Monarch, gram: Tensor, gradients: Tens
     ``gradients`` where they are given."""
     wrong = weight.detach().double() - monarch.to_dense().detach().double()
     total = max(energy(weight, gram, gradients), torch.finfo(torch.float64).tiny)
-    return (max(0.0, energy(wrong, gram, gradients)) / total) ** 0.5
+    return (max(energy(wrong, gram, gradients), 0.0) / total) ** 0.5  # in this order NaN stays NaN
 
 
 @torch.no_grad()

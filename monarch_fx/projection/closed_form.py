@@ -71,7 +71,7 @@ def balanced(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """The same products ``left^T right`` with rows of equal norm, and the largest entry of every right row positive."""
     norms = [torch.linalg.vector_norm(rows, dim=-1, keepdim=True) for rows in (left, right)]
     tiny = torch.finfo(norms[0].dtype).tiny
-    root = (norms[0] / norms[1].clamp_min(tiny)).sqrt()  # 0 where the block has a lower rank
+    root = norms[0].sqrt() / norms[1].clamp_min(tiny).sqrt()  # 0 where the block has a lower rank; never infinite
     pivot = right.gather(-1, right.abs().argmax(-1, keepdim=True)).sgn()
     safe = torch.where(root > 0, root, 1.0)
     return left * (pivot / safe), right * (pivot.conj() * root)
