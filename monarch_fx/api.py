@@ -23,7 +23,7 @@ from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.passes.calibrate import calibrate as run_calibration
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
-from monarch_fx.passes.inputs import check_batches, own_inputs, user_inputs
+from monarch_fx.passes.inputs import Inputs, check_batches, own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.losses import attention_mask, distance
 from monarch_fx.passes.permute import felt, find_hidden, reorder, reordered, reordered_statistics
@@ -201,7 +201,7 @@ def monarchify(
         init: ``"project"`` (closed-form projection of the weights; Dao et al. 2022, section 3.3) or ``"random"`` (the
             same structure with random factors whose product has the weight's own mean square).
         calibration: As for ``plan``; with a plan, too. The projection then keeps what the model's loss feels of the
-            products' outputs on these inputs, and not the entries of the weights: block descent in the norms of
+            products' outputs on these inputs, and not the entries of the weights: least squares in the norms of
             E[x x^T] and E[g g^T], with g the loss gradients at the outputs.
         anchor: Batches like those of ``calibration``, or the same. The products are then projected in the order in
             which the model runs them, each for the inputs that the compressed ones before feed it, and so that its
@@ -260,13 +260,19 @@ def monarchify(
         calibrated = _calibrated(model, rewritten, calibration)
     calibrated = _reordered(calibrated, rewritten, plan.orders)
     maker = FactorMaker(init, {} if calibrated is None else calibrated.statistics, work_dir)
+    inputs = None if example_inputs is None else user_inputs(model, example_inputs)
     if inplace:
         reorder(model, plan.orders)
     else:
         model = reordered(model, plan.orders)
     if anchor is not None:
-        maker.make_in_order(model, plan, anchor)
-    return _carry_out(model, plan, maker, inplace, example_inputs)
+        try:
+            maker.make_in_order(model, plan, anchor)
+        except BaseException:
+            if inplace:
+                reorder(model, [order.inverse for order in plan.orders])
+            raise
+    return _carry_out(model, plan, maker, inplace, inputs)
 
 
 def calibrate(
@@ -399,10 +405,9 @@ def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
     print("\n".join(listing(captured)))
 
 
-def _carry_out(model: nn.Module, plan: Plan, maker: FactorMaker, inplace: bool, example_inputs: Any) -> nn.Module:
+def _carry_out(model: nn.Module, plan: Plan, maker: FactorMaker, inplace: bool, inputs: Inputs | None) -> nn.Module:
     """Projects every weight that the plan rewrites, and installs the factors."""
     start = time.perf_counter()
-    inputs = None if example_inputs is None else user_inputs(model, example_inputs)
     before = checks.total_params(model.parameters())
     jobs = rewrite.by_parameter(plan)
     parameters = dict(model.named_parameters(remove_duplicate=False))

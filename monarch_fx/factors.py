@@ -64,7 +64,8 @@ class FactorMaker:
             name, dense = candidate.name, candidate.view.gather(parameters[candidate.parameter]).detach()
             seen = _seen_in_order(dense, halves, self.statistics.get(name))
             self.made[name] = self._make(name, dense, shapes[name], seen)
-            return self.made[name].to_dense() - dense
+            with torch.autocast(dense.device.type, enabled=False):
+                return self.made[name].to_dense() - dense
 
         compress_in_order(model, [d.candidate for d in plan.rewritten], batches, compress)
 

@@ -138,6 +138,11 @@ class HiddenOrder:
     along: tuple[tuple[str, int], ...]
     order: tuple[int, ...]
 
+    @property
+    def inverse(self) -> HiddenOrder:
+        """What puts them back."""
+        return HiddenOrder(self.along, tuple(sorted(range(len(self.order)), key=self.order.__getitem__)))
+
 
 @dataclass(frozen=True)
 class Plan:

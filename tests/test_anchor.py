@@ -1,7 +1,10 @@
 """Projection in the order of the model: each product for what the compressed ones before feed it."""
 
+import _thread
+import contextlib
+import contextvars
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +219,129 @@ def test_what_fails_in_a_run_is_raised_and_no_thread_stays() -> None:
         mfx.monarchify(model, plan=plan, anchor=data, inplace=True)
     assert threading.active_count() == threads
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Stateful(nn.Module):
+    """Keeps what it needs later in an attribute, and writes into its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.kept: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x.mul_(2)
+        x = self.first(x).tanh() + self.kept
+        self.kept = None
+        return self.second(x)
+
+
+class Stateless(Stateful):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(2 * x).tanh() + 2 * x)
+
+
+def test_runs_do_not_disturb_each_other() -> None:
+    data, made = batches(), []
+    before = [x.clone() for x in data]
+    plan = mfx.plan(Stateless(), example_inputs=data[0], config=CONFIG)
+    for model in (Stateful(), Stateless()):
+        made.append(mfx.monarchify(model, plan=plan, anchor=data).state_dict())
+    torch.testing.assert_close(made[0], made[1], rtol=0, atol=0)
+    torch.testing.assert_close(data, before, rtol=0, atol=0)
+
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default=0)
+WATCHED: set[Any] = set()
+
+
+class Watching(nn.Module):
+    """Notes what it finds around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        WATCHED.add((VARIABLE.get(), (x @ x.mT).dtype, torch.empty(0).device.type, torch.is_grad_enabled()))
+        return self.net(x)
+
+
+def test_runs_have_the_surroundings_of_the_caller() -> None:
+    model, data = Watching(), batches()
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+    WATCHED.clear()
+    token = VARIABLE.set(1)
+    try:
+        with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+            compressed = mfx.monarchify(model, plan=plan, anchor=data)
+    finally:
+        VARIABLE.reset(token)
+    assert {(1, torch.bfloat16, "meta", False)} == WATCHED
+    wanted = mfx.monarchify(model, plan=plan, anchor=data)
+    losses = [mfx.measure_loss(made, model, data) for made in (compressed, wanted)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)  # bfloat16 keeps three digits
+
+
+class Threaded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: list[Any] = []
+
+        def work() -> None:
+            try:
+                found.append(self.net(x))
+            except BaseException as error:
+                found.append(error)
+
+        if threading.current_thread() is threading.main_thread():
+            return self.net(x)
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        if isinstance(found[0], BaseException):
+            raise found[0]
+        return found[0]
+
+
+def test_threads_of_a_model_are_refused() -> None:
+    model, data = Threaded(), batches()
+    plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
+    with pytest.raises(ConfigError, match="threads of its own"):
+        mfx.monarchify(model, plan=plan, anchor=data)
+
+
+class Interrupted(nn.Module):
+    """Ctrl-C while the third batch runs, in a model that catches whatever comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) == 102 and threading.current_thread() is not threading.main_thread():
+            _thread.interrupt_main()
+        for layer in self.net:
+            with contextlib.suppress(BaseException):
+                x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("make", [Failing, Interrupted])
+def test_what_fails_in_place_leaves_hidden_features_where_they_are(make: Callable[[], nn.Module]) -> None:
+    model, data = make(), batches()
+    config = mfx.MonarchConfig(nblocks=2, rank=4)
+    plan = mfx.plan(model, example_inputs=data[0], config=config, calibration=data[:2])
+    assert plan.orders
+    before, threads = {k: v.clone() for k, v in model.state_dict().items()}, threading.active_count()
+    with pytest.raises((ArithmeticError, KeyboardInterrupt)):
+        mfx.monarchify(model, plan=plan, anchor=data, inplace=True)
+    assert threading.active_count() == threads
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
 
 
 def test_bad_anchors_are_refused() -> None:

@@ -6,12 +6,15 @@ product, without a graph. Only one of the threads runs at a time.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import threading
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from monarch_fx.errors import ConfigError
 from monarch_fx.passes.inputs import Inputs
 from monarch_fx.passes.losses import attention_mask
 
@@ -22,8 +25,32 @@ class _CancelledError(BaseException):
     """Ends a run that nobody waits for; a model's own code doesn't catch it."""
 
 
+class _Surroundings:
+    """What Python and PyTorch keep for each thread by itself, as the thread that makes this has it."""
+
+    def __init__(self) -> None:
+        self.variables = contextvars.copy_context()
+        self._device = torch.get_default_device()
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind)) for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)
+        ]
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None  # and the current GPU
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.no_grad())
+            if torch.get_default_device() != self._device:
+                stack.enter_context(self._device)
+            for kind, dtype in self._autocast:
+                stack.enter_context(torch.autocast(kind, dtype=dtype))
+            if self._stream is not None:
+                stack.enter_context(torch.cuda.stream(self._stream))
+            yield
+
+
 class Run:
-    """A model on one batch, without gradients.
+    """A model on one batch, without gradients, as the thread that makes this would run it.
 
     Attributes:
         at: The stop that it rests at; None before the first.
@@ -39,8 +66,9 @@ class Run:
         self.x: Tensor | None = None
         self.done, self._cancelled = False, False
         self._error: BaseException | None = None
+        self._surroundings = _Surroundings()
         self._go, self._rests = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._main, daemon=True)
+        self._thread = threading.Thread(target=self._surroundings.variables.run, args=(self._main,), daemon=True)
 
     def resume(self) -> None:
         """Lets it run to its next stop, or to the end; an error of the model is raised here."""
@@ -60,17 +88,18 @@ class Run:
 
     def stop(self, at: str, x: Tensor) -> None:
         """Rests until it is resumed; called from inside the model."""
-        self.at, self.x = at, x
-        self._rests.release()
-        self._go.acquire()
-        self.x = None
+        if not self._cancelled:  # else it was told already, and the model's code goes on nevertheless
+            self.at, self.x = at, x
+            self._rests.release()
+            self._go.acquire()
+            self.x = None
         if self._cancelled:
             raise _CancelledError
 
     def _main(self) -> None:
         _HERE.run = self
         try:
-            with torch.no_grad():
+            with self._surroundings.here():
                 self.model(*self.inputs.args, **self.inputs.kwargs)
         except _CancelledError:
             pass
@@ -82,8 +111,14 @@ class Run:
 
 
 def this_run() -> Run:
-    """The run that the calling code is in."""
-    run: Run = _HERE.run
+    """The run that the calling code is in.
+
+    Raises:
+        ConfigError: A thread that the model itself has made calls it.
+    """
+    run: Run | None = getattr(_HERE, "run", None)
+    if run is None:
+        raise ConfigError("anchor can't follow a model that computes products in threads of its own: leave it out.")
     return run
 
 

@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from monarch_fx.errors import ConfigError
+from monarch_fx.layers import MonarchWeight
 from monarch_fx.layers.match import Match
 from monarch_fx.passes.abreast import Run, side_by_side, this_run
 from monarch_fx.passes.calibrate import add_products, observed
 from monarch_fx.passes.inputs import check_batches, user_inputs
 from monarch_fx.passes.losses import counted
+from monarch_fx.passes.rewrite import copy_with
 from monarch_fx.records import Candidate
 
 
@@ -88,7 +90,7 @@ def compress_in_order(
         return y + F.linear(x, (change.mT if match.flipped else change).to(x.dtype)).to(y.dtype)
 
     twin = observed(model, candidates, observe).eval().requires_grad_(False)
-    pairs = [(Run(twin, batch), Run(twin, batch)) for batch in inputs]
+    pairs = [(Run(_own(twin), batch.cloned()), Run(_own(twin), batch.cloned())) for batch in inputs]
     twins.update(compressed for _, compressed in pairs)
     with tqdm(total=len(plain), desc="project in order", unit="weight", leave=False) as bar:
         for name, candidate in plain.items():
@@ -100,6 +102,14 @@ def compress_in_order(
             bar.update()
     for name in [name for name in plain if name not in changes]:
         compress(plain[name], ())
+
+
+def _own(twin: nn.Module) -> nn.Module:
+    """A copy that shares all parameters and buffers: what a model keeps in attributes while it runs belongs to one
+    run."""
+    shared: list[Any] = [*twin.parameters(), *twin.buffers()]
+    shared += [module.observer for module in twin.modules() if isinstance(module, MonarchWeight)]
+    return copy_with(twin, {id(one): one for one in shared})
 
 
 def _moments(pairs: Sequence[tuple[Run, Run]], resting: Sequence[Run], name: str) -> list[Moments]:

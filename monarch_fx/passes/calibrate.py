@@ -160,8 +160,9 @@ def _sum(sums: dict[str, Tensor], name: str, rows: Tensor, size: int) -> Tensor:
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
     """Adds the sum of l r^T over rows (tokens, features) to ``total``."""
     wide = torch.promote_types(left.dtype, torch.float32)
-    for a, b in zip(left.split(ROWS_AT_ONCE), right.split(ROWS_AT_ONCE), strict=True):
-        total += (a.to(wide).mT @ b.to(wide)).double()
+    with torch.autocast(left.device.type, enabled=False):  # it would make half-precision products of them
+        for a, b in zip(left.split(ROWS_AT_ONCE), right.split(ROWS_AT_ONCE), strict=True):
+            total += (a.to(wide).mT @ b.to(wide)).double()
 
 
 def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any]) -> Calibration:

@@ -36,6 +36,11 @@ class Inputs:
         args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
         return Inputs(args, kwargs, self.given)
 
+    def cloned(self) -> Inputs:
+        """A copy for a model that may write into its inputs."""
+        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, self.kwargs))
+        return Inputs(args, kwargs, self.given)
+
 
 def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     """A tensor, a tuple or list of arguments, or a mapping of keyword arguments (``BatchEncoding`` too).

@@ -78,9 +78,12 @@ def reorder(model: nn.Module, orders: Iterable[HiddenOrder]) -> None:
     """As ``reordered``, in place."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for order in orders:
+        made = {}  # all of them before any is exchanged: memory may run out in between
         for name, dimension in order.along:
             values = parameters[name].data
-            parameters[name].data = values.index_select(dimension, torch.tensor(order.order, device=values.device))
+            made[name] = values.index_select(dimension, torch.tensor(order.order, device=values.device))
+        for name, values in made.items():
+            parameters[name].data = values
 
 
 def reordered_statistics(

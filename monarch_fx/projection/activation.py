@@ -58,7 +58,7 @@ def project_on_inputs(
     monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, best.R.dtype, weight.device)
     parts = (weight.detach(), monarch.L, monarch.R)
     for matrix, L, R in zip(*(t if weight.ndim == 3 else t[None] for t in parts), strict=True):
-        left, right = balanced(*_descend(matrix.double(), shape, C, G, SWEEPS))
+        left, right = balanced(*_alternate(matrix.double(), shape, C, G, SWEEPS))
         L.copy_(left)
         R.copy_(right.transpose(0, 1))
     return min(best, monarch, key=lambda found: output_error(weight, found, gram, gradients))
@@ -104,7 +104,7 @@ def projected_error2(weight: Tensor, shape: MonarchShape, gram: Tensor, gradient
     C, G = _metrics(weight, shape, gram, gradients)
     wrong, total = 0.0, 0.0
     for matrix in weight.detach().double().reshape(-1, *weight.shape[-2:]):
-        L, R = _descend(matrix, shape, C, G, FEW_SWEEPS)
+        L, R = _alternate(matrix, shape, C, G, FEW_SWEEPS)
         made = _rows(L.mT @ R)[: shape.out_features, : shape.in_features]
         wrong, total = wrong + energy(matrix - made, C, G), total + energy(matrix, C, G)
     return wrong / max(total, torch.finfo(torch.float64).tiny)
@@ -126,7 +126,7 @@ def _metrics(weight: Tensor, shape: MonarchShape, gram: Tensor, gradients: Tenso
 
 
 def damped(gram: Tensor, features: int) -> Tensor:
-    """C + lambda I in float64: every formula uses the same one, or the descent would not be monotone.
+    """C + lambda I in float64: every formula uses the same one, or sweeps could make the error larger.
 
     Raises:
         StructureError: ``gram`` is not (features, features).
@@ -156,7 +156,7 @@ def _diagonal(C: Tensor, nblocks: int) -> Tensor:
     return C.unflatten(1, (nblocks, -1)).unflatten(0, (nblocks, -1)).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
 
 
-def _descend(matrix: Tensor, shape: MonarchShape, C: Tensor, G: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
+def _alternate(matrix: Tensor, shape: MonarchShape, C: Tensor, G: Tensor, sweeps: int) -> tuple[Tensor, Tensor]:
     """L (n_out, n_in, rank, s) and R (n_out, n_in, rank, p)."""
     n_out, n_in = shape.nblocks_out, shape.nblocks_in
     W = cut(matrix, (n_out, n_in))  # (n_out, n_in, s, p)
