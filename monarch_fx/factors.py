@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from monarch_fx.errors import ConfigError
 from monarch_fx.layers import init_factors
 from monarch_fx.passes.anchor import Moments, compress_in_order
 from monarch_fx.passes.calibrate import Statistics
-from monarch_fx.projection import lasting_share, output_error, project, project_on_inputs
+from monarch_fx.projection import output_error, project, project_on_inputs
 from monarch_fx.records import Candidate, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 
@@ -60,9 +60,12 @@ class FactorMaker:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         shapes = {d.candidate.name: d.shape for d in plan.rewritten if d.shape is not None}
 
-        def compress(candidate: Candidate, halves: Sequence[Moments]) -> Tensor:
+        def compress(candidate: Candidate, moments: Moments | None) -> Tensor:
             name, dense = candidate.name, candidate.view.gather(parameters[candidate.parameter]).detach()
-            seen = _seen_in_order(dense, halves, self.statistics.get(name))
+            seen = self.statistics.get(name)
+            if moments is not None:
+                gradients = None if seen is None else seen.gradients
+                seen = Statistics(moments.gram / moments.tokens, gradients, moments.drift / moments.tokens)
             self.made[name] = self._make(name, dense, shapes[name], seen)
             with torch.autocast(dense.device.type, enabled=False):
                 return self.made[name].to_dense() - dense
@@ -99,19 +102,6 @@ class FactorMaker:
             save_file({"R": monarch.R, "L": monarch.L}, unfinished, metadata={"key": key})
             os.replace(unfinished, file)
         return monarch
-
-
-def _seen_in_order(dense: Tensor, halves: Sequence[Moments], known: Statistics | None) -> Statistics | None:
-    """What a product sees in the compressed model, and as much of its drift as regression mends on data held out."""
-    if not halves:
-        return known
-    tokens, gradients = sum(half.tokens for half in halves), None if known is None else known.gradients
-    gram, drift = halves[0].gram, halves[0].drift
-    if len(halves) < 2:
-        return Statistics(gram / tokens, gradients, 0 * drift)
-    means = [(half.gram / half.tokens, half.drift / half.tokens) for half in halves]
-    share = lasting_share(dense, means, gradients)
-    return Statistics((gram + halves[1].gram) / tokens, gradients, share * (drift + halves[1].drift) / tokens)
 
 
 def _project(dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:

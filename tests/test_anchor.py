@@ -47,38 +47,22 @@ def test_errors_made_before_are_mended(calibrated: bool) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_a_product_mends_what_lasts_of_the_regression_on_what_it_is_fed() -> None:
-    """Of full rank it can be all that least squares allow; halves of the data tell how much of it is not by chance."""
+def test_a_product_goes_half_way_to_the_regression_on_what_it_is_fed() -> None:
+    """Of full rank it can be all that it is to come near to."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16, bias=False)).double()
-    data = batches(tokens=1000, features=24, dtype=torch.float64)
+    data = batches(features=24, dtype=torch.float64)
     plan = mfx.plan(model, example_inputs=data[0], config=mfx.MonarchConfig(nblocks=1, rank=6))
     plan = plan.with_shape("2.weight", rank=16)
     compressed = mfx.monarchify(model, plan=plan, anchor=data)
-    W = model[2].weight.detach()
     seen, fed = (torch.cat([net[:2](x) for x in data]).detach() for net in (model, compressed))
-
-    def regression(rows: slice) -> Tensor:
-        C = fed[rows].mT @ fed[rows] / len(fed[rows])
-        damped = C + DAMPING * C.diagonal().mean() * torch.eye(32, dtype=torch.float64)
-        drift = (seen[rows] - fed[rows]).mT @ fed[rows] / len(fed[rows])
-        return W @ torch.linalg.solve(damped, drift.mT).mT
-
-    even, odd = slice(0, None, 2), slice(1, None, 2)
-    pairs = [
-        (fed[here] @ regression(there).mT, (seen - fed)[here] @ W.mT) for here, there in ((even, odd), (odd, even))
-    ]
-    # both halves count alike, though one may have a row more
-    found, possible = (
-        sum(float((mended * other).sum()) / len(mended) for mended, other in terms)
-        for terms in (pairs, [(mended, mended) for mended, _ in pairs])
-    )
-    share = found / possible
-    assert 0.3 < share < 0.95
-    wanted = W + share * regression(slice(None))
+    C, drift = fed.mT @ fed / len(fed), (seen - fed).mT @ fed / len(fed)
+    damped = C + DAMPING * C.diagonal().mean() * torch.eye(32, dtype=torch.float64)
+    W = model[2].weight.detach()
+    wanted = W + W @ torch.linalg.solve(damped, drift.mT).mT / 2
     made = compressed[2].weight.monarch().to_dense()
-    # moments and their inverse in float64: 3000 tokens added up, and a condition of 1 / DAMPING
-    torch.testing.assert_close(made, wanted, rtol=0, atol=3000 / DAMPING * 2**-53 * float(wanted.abs().max()) * 32)
+    # moments and their inverse in float64: 300 tokens added up, and a condition of 1 / DAMPING
+    torch.testing.assert_close(made, wanted, rtol=0, atol=300 / DAMPING * 2**-53 * float(wanted.abs().max()) * 32)
     assert (made - W).norm() > 0.05 * W.norm()
 
 

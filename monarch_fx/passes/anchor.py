@@ -50,8 +50,8 @@ class Moments:
             add_products(self.drift, wanted.to(wide) - rows.to(wide), rows)
 
 
-# A product, and what it sees in each half of the sequences, where that is anything -> how much its matrix changes.
-Compress = Callable[[Candidate, Sequence[Moments]], Tensor]
+# A product, and what it sees, where that is known -> how much its matrix changes.
+Compress = Callable[[Candidate, "Moments | None"], Tensor]
 
 
 def compress_in_order(
@@ -95,13 +95,13 @@ def compress_in_order(
     with tqdm(total=len(plain), desc="project in order", unit="weight", leave=False) as bar:
         for name, candidate in plain.items():
             if len(candidate.calls) > 1:
-                changes[name] = compress(candidate, ())
+                changes[name] = compress(candidate, None)
                 bar.update()
         for name, resting in side_by_side([run for pair in pairs for run in pair], list(plain)):
             changes[name] = compress(plain[name], _moments(pairs, resting, name))
             bar.update()
     for name in [name for name in plain if name not in changes]:
-        compress(plain[name], ())
+        compress(plain[name], None)
 
 
 def _own(twin: nn.Module) -> nn.Module:
@@ -112,26 +112,21 @@ def _own(twin: nn.Module) -> nn.Module:
     return copy_with(twin, {id(one): one for one in shared})
 
 
-def _moments(pairs: Sequence[tuple[Run, Run]], resting: Sequence[Run], name: str) -> list[Moments]:
-    """Of every other sequence, and of those between. A batch that the dense model doesn't send here, or in another
-    shape, counts as if both had sent the same."""
-    here, sequences = set(resting), 0
-    halves: list[Moments] = []
+def _moments(pairs: Sequence[tuple[Run, Run]], resting: Sequence[Run], name: str) -> Moments | None:
+    """A batch that the dense model doesn't send here, or in another shape, counts as if both had sent the same."""
+    here, found = set(resting), None
     for dense, compressed in pairs:
         if compressed not in here:
             continue
         assert compressed.x is not None
-        x = torch.atleast_2d(compressed.x)
-        if not halves:
-            zero = x.new_zeros(x.shape[-1], x.shape[-1], dtype=torch.float64)
-            halves = [Moments(zero.clone(), zero.clone()) for _ in range(2)]
-        same = dense in here and dense.x is not None and dense.x.shape == compressed.x.shape
-        for i, half in enumerate(halves):
-            mine = slice((sequences + i) % 2, None, 2)
-            mask = None if compressed.mask is None else compressed.mask[mine]
-            wanted = counted(torch.atleast_2d(dense.x)[mine], mask) if same else None
-            half.add(counted(x[mine], mask), wanted)
-        sequences += len(x)
-    if not all(torch.isfinite(half.gram + half.drift).all() for half in halves):
+        rows = counted(compressed.x, compressed.mask)
+        if found is None:
+            zero = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
+            found = Moments(zero, zero.clone())
+        x = dense.x if dense in here else None
+        found.add(rows, None if x is None or x.shape != compressed.x.shape else counted(x, dense.mask))
+    if found is None or not found.tokens:
+        return None
+    if not torch.isfinite(found.gram + found.drift).all():
         raise ConfigError(f"On the anchor data {name!r} sees NaN or infinity: mend the data, or exclude it.")
-    return [half for half in halves if half.tokens]
+    return found

@@ -1,6 +1,6 @@
 """Dense weight -> Monarch factors, and the error that this costs."""
 
-from monarch_fx.projection.activation import energy, lasting_share, output_error, project_on_inputs, projected_error2
+from monarch_fx.projection.activation import energy, output_error, project_on_inputs, projected_error2
 from monarch_fx.projection.closed_form import project
 from monarch_fx.projection.permutation import feature_order, read_features, written_features
 from monarch_fx.projection.prior import prior_tail
@@ -10,7 +10,6 @@ __all__ = [
     "energy",
     "expected_seconds",
     "feature_order",
-    "lasting_share",
     "output_error",
     "prior_tail",
     "project",
