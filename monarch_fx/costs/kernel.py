@@ -15,7 +15,6 @@ from monarch_fx.costs.symbols import (
     dtype_bytes,
     fill,
     fused_efficiency,
-    greatest_common_divisor,
     kernel_efficiency,
     kernel_fill,
     kernel_launch_s,
@@ -120,7 +119,7 @@ class TokenSum:
     """The gradients of ``batch`` matrices (m, n), as sums over all tokens, in one call of a library.
 
     Tiles are few where the sums are long. So that no unit is idle they are cut into parts where that is faster, which
-    are stored in float32 and added up by a second launch. Parts are equal: 25,216 tokens, 394 blocks, are cut in two.
+    are stored in float32 and added up by a second launch.
     """
 
     batch: Expr
@@ -141,8 +140,7 @@ class TokenSum:
     def seconds(self) -> Expr:
         """The smaller time of uncut sums and of as many parts as there are units for."""
         tiles = self.batch * ceil_div(self.m, SUM_TILE) * ceil_div(self.n, SUM_TILE)
-        equal = greatest_common_divisor(tokens, SUM_BLOCK * MOST_PARTS) / SUM_BLOCK
-        parts = Max(1, Min(floor((units + sympy.Rational(1, 2)) / tiles), equal))
+        parts = Max(1, Min(floor((units + sympy.Rational(1, 2)) / tiles), ceil_div(tokens, SUM_BLOCK), MOST_PARTS))
         stored_and_read = 2 * 4 * parts * self.batch * self.m * self.n
         return launch_s + Min(
             self._in_parts(tiles, sympy.S.One),

@@ -19,7 +19,6 @@ from monarch_fx.structure import MonarchShape
 Tokens = int | NDArray[np.int64]
 Seconds = float | NDArray[np.float64]
 
-EVEN_TOKENS = 1024
 MOST_TOKENS = 2**16  # beyond it the launches don't count any more, and no verdict changes
 
 
@@ -146,22 +145,18 @@ def break_even_tokens(
 ) -> int | None:
     """The smallest number of tokens from which on the Monarch product is always predicted faster than the dense one.
 
-    In training on a GPU multiples of ``EVEN_TOKENS`` are looked at: how well sums over tokens can be cut depends on
-    their divisors.
-
     Returns:
         Rows per matrix, at most ``MOST_TOKENS``; None where Monarch doesn't stay faster.
 
     Raises:
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
-    step = EVEN_TOKENS if workload == "training" and _has_kernels(profile, dtype, batch) else 1
-    tokens = np.arange(step, MOST_TOKENS + 1, step)
+    tokens = np.arange(1, MOST_TOKENS + 1)
     size = shape.in_features, shape.out_features
     dense = dense_seconds(profile, tokens, *size, batch=batch, dtype=dtype, workload=workload, around=around)
     monarch = monarch_seconds(profile, tokens, shape, batch=batch, dtype=dtype, workload=workload, around=around)
     (slower,) = np.nonzero(np.asarray(dense) <= np.asarray(monarch))
-    first = step if len(slower) == 0 else int(tokens[slower[-1]]) + step
+    first = 1 if len(slower) == 0 else int(tokens[slower[-1]]) + 1
     return first if first <= MOST_TOKENS else None
 
 
@@ -189,4 +184,4 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
 def _function(structure: str, *lowering: str | int) -> Callable[..., Seconds]:
     """The seconds of a structure as a NumPy function of ``formulas.SIZES`` and ``symbols.DEVICE``."""
     kernels = getattr(formulas, structure)(*lowering)
-    return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules=["numpy", {"gcd": np.gcd}], cse=True)
+    return sympy.lambdify([*SIZES, *DEVICE], formulas.seconds(kernels), modules="numpy", cse=True)

@@ -20,8 +20,6 @@ DEVICE = sympy.symbols(
 ) = DEVICE
 # fmt: on
 
-greatest_common_divisor = sympy.Function("gcd")
-
 
 def ceil_div(a: Expr, b: Expr) -> Expr:
     """The quotient of integers, rounded up; the half keeps rounding errors of NumPy from adding one."""
