@@ -454,7 +454,7 @@ def test_bad_arguments_are_refused() -> None:
     with pytest.raises(errors.ConfigError, match='"transport" or "restart", got \'keep\''):
         mfx.densify(model, optimizer, state="keep")
     with pytest.raises(errors.WrappedModelError, match=r"pass model\.module"):
-        mfx.densify(nn.DataParallel(model), optimizer)
+        mfx.densify(nn.DataParallel(mlp()), optimizer)  # which moves its model to a GPU
     with pytest.raises(errors.NotAModuleError, match="list"):
         mfx.densify([model], optimizer)
     assert unchanged(before, snapshot(model, optimizer))
