@@ -26,6 +26,7 @@ from benchmarks.gate import check_bfloat16, check_compiled
 from benchmarks.gpu_models import Run, inference, prefill, prompt
 from benchmarks.registry import Table, benchmark
 from benchmarks.timing import graphed, ratios, time_alternating
+from monarch_fx.passes.permute import reordered, reordered_statistics
 from monarch_fx.projection import energy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -282,11 +283,14 @@ def _targets(
 def _output_error(subject: Subject, compressed: nn.Module) -> float:
     """Mean over all products that any method may compress of ``||(W - M) x|| / ||W x||`` on calibration text, which is
     0 where they stay dense."""
-    weights = dict(subject.model.named_parameters(remove_duplicate=False))
+    plan = mfx.report(compressed).plan
+    views = {decision.candidate.name: decision.candidate.view for decision in plan.decisions}
+    seen = reordered_statistics(subject.calibration, views, plan.orders).statistics
+    weights = dict(reordered(subject.model, plan.orders).named_parameters(remove_duplicate=False))
     made = dict(mfx.to_dense(compressed).named_parameters(remove_duplicate=False))
     errors = []
-    for decision in mfx.report(compressed).plan.decisions:
-        view, C = decision.candidate.view, subject.calibration.statistics[decision.candidate.name].inputs
+    for decision in plan.decisions:
+        view, C = decision.candidate.view, seen[decision.candidate.name].inputs
         W, M = (view.gather(all_[decision.candidate.parameter]).double() for all_ in (weights, made))
         errors.append(math.sqrt(max(0.0, energy(W - M, C)) / energy(W, C)))
     return statistics.mean(errors)
