@@ -49,8 +49,8 @@ def main() -> int:
     )
 
     calibration = calibration_batches(tokenizer)
-    heading(f"monarchify(model, budget={BUDGET}, calibration=...) on MiniLM-L6, {SENTENCES} x {TOKENS} tokens")
-    mixed = mfx.monarchify(model, budget=BUDGET, example_inputs=batch, calibration=calibration)
+    heading(f"monarchify(model, {BUDGET}, calibration=..., anchor=...) on MiniLM-L6, {SENTENCES} x {TOKENS} tokens")
+    mixed = mfx.monarchify(model, BUDGET, example_inputs=batch, calibration=calibration, anchor=calibration)
     plan = mfx.report(mixed).plan
     print(plan)
 
@@ -93,7 +93,8 @@ def restricted(
 ) -> nn.Module:
     """The best that one grid alone can do at the same budget; ranks still differ from layer to layer."""
     config = mfx.MonarchConfig(nblocks=nblocks)
-    return mfx.monarchify(model, budget=BUDGET, example_inputs=batch, config=config, calibration=calibration)
+    options = {"example_inputs": batch, "config": config, "calibration": calibration, "anchor": calibration}
+    return mfx.monarchify(model, BUDGET, **options)
 
 
 def calibration_batches(tokenizer: Tokenizer) -> list[BatchEncoding]:
