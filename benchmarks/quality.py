@@ -159,15 +159,9 @@ def minilm() -> Iterator[Table]:
     """MiniLM-L6: rank correlation of similarities with dense on Wikipedia, correlation with people on Lee's texts."""
     from scipy.stats import pearsonr, spearmanr
 
-    from examples.demo import lee_documents, load_minilm, similarities
+    from examples.demo import lee_documents, similarities
 
-    model, tokenizer = load_minilm()
-    model.to(DEVICE)
-    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
-
-    def batches(texts: list[str]) -> list[Batch]:
-        return [dict(tokenizer(texts[i : i + SENTENCES], **options)) for i in range(0, len(texts), SENTENCES)]
-
+    model, tokenizer, batches = _minilm()
     seen = batches(_spread(paragraphs("calibration"), PARAGRAPHS))
     test = _spread(paragraphs("test"), PARAGRAPHS)
     documents, human = lee_documents()
@@ -185,6 +179,52 @@ def minilm() -> Iterator[Table]:
     clock = Clock(model, inference, timed)
     subject = Subject(model, None, calibration, seen, texts, clock)
     return _table(subject, measure, "dense", "people", better=1)
+
+
+@benchmark("probes-minilm")
+def probes() -> Iterator[Table]:
+    """MiniLM-L6 with one product compressed at a time, as in a plan for half: the loss predicted, and measured."""
+    from scipy.stats import spearmanr
+
+    model, _, batches = _minilm()
+    seen = batches(_spread(paragraphs("calibration"), PARAGRAPHS))
+    calibration = mfx.calibrate(model, seen, example_inputs=seen[0])
+    config = mfx.MonarchConfig(require_speedup=False)
+    whole = mfx.plan(model, 0.5, example_inputs=seen[0], calibration=calibration, config=config)
+    table = Table(("product", "structure", "loss predicted", "measured", "measured over predicted"))
+    losses: dict[str, list[float]] = {}
+    for decision in whole.rewritten:
+        alone = whole
+        for other in whole.rewritten:
+            if other is not decision:
+                alone = alone.with_shape(other.candidate.name)
+        compressed = mfx.monarchify(model, plan=alone, calibration=calibration)
+        predicted, measured = mfx.report(compressed).loss, mfx.measure_loss(compressed, model, seen)
+        assert predicted is not None
+        losses[decision.candidate.name] = [predicted, measured]
+        structure = str(decision.shape).split(" (")[0]
+        figures = f"{predicted:.3g}", f"{measured:.3g}", f"{measured / predicted:.2f}"
+        table.rows.append((decision.candidate.name, structure, *figures))
+        table.raw["losses"] = losses
+        both = np.array(list(losses.values())).T
+        middle = statistics.median(both[1] / both[0])
+        table.targets = [
+            f"rank correlation {spearmanr(*both).statistic:.3f}; measured is {middle:.2f} of predicted in the median"
+        ]
+        yield table
+
+
+def _minilm() -> tuple[nn.Module, Any, Callable[[list[str]], list[Batch]]]:
+    """The model, its tokenizer, and texts as batches of it."""
+    from examples.demo import load_minilm
+
+    model, tokenizer = load_minilm()
+    options = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
+
+    def batches(texts: list[str]) -> list[Batch]:
+        return [dict(tokenizer(texts[i : i + SENTENCES], **options)) for i in range(0, len(texts), SENTENCES)]
+
+    return model.to(DEVICE), tokenizer, batches
 
 
 def _hosted(model: nn.Module) -> Callable[..., Any]:
