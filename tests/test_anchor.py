@@ -3,6 +3,7 @@
 import _thread
 import contextlib
 import contextvars
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -315,6 +316,15 @@ class Interrupted(nn.Module):
         return x
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which has Ctrl-C ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("make", [Failing, Interrupted])
 def test_what_fails_in_place_leaves_hidden_features_where_they_are(make: Callable[[], nn.Module]) -> None:
     model, data = make(), batches()
