@@ -194,6 +194,8 @@ def probes() -> Iterator[Table]:
     table = Table(("product", "structure", "loss predicted", "measured", "measured over predicted"))
     losses: dict[str, list[float]] = {}
     for decision in whole.rewritten:
+        if decision.loss is None:
+            continue  # the output doesn't depend on it
         alone = whole
         for other in whole.rewritten:
             if other is not decision:
