@@ -26,6 +26,7 @@ from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import Inputs, check_batches, own_inputs, user_inputs
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.losses import attention_mask, distance
+from monarch_fx.passes.modes import evaluating
 from monarch_fx.passes.permute import felt, find_hidden, reorder, reordered, reordered_statistics
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import OBJECTIVES, decide
@@ -340,20 +341,14 @@ def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -
     made = report(model)
     check_batches(batches, "batches")
     checks.check_teacher(teacher, model, made.plan)
-    modes = {module: module.training for both in (model, teacher) for module in both.modules()}
     device = next(model.parameters()).device
     found = []
-    try:
-        model.eval()
-        teacher.eval()
+    with evaluating(model, teacher):
         for batch in tqdm(batches, desc="loss", unit="batch", leave=False):
             inputs = user_inputs(model, batch).on(device)
             with torch.no_grad():
                 output, wanted = (both(*inputs.args, **inputs.kwargs) for both in (model, teacher))
             found.append(float(distance(output, wanted, attention_mask(inputs.kwargs))))
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if not found:
         raise ConfigError("measure_loss needs batches, got none.")
     loss = sum(found) / len(found)

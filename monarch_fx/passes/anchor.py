@@ -23,6 +23,7 @@ from monarch_fx.passes.abreast import Run, side_by_side, this_run
 from monarch_fx.passes.calibrate import add_products, observed
 from monarch_fx.passes.inputs import check_batches, user_inputs
 from monarch_fx.passes.losses import counted
+from monarch_fx.passes.modes import evaluated
 from monarch_fx.passes.rewrite import copy_with
 from monarch_fx.records import Candidate
 
@@ -89,7 +90,7 @@ def compress_in_order(
         change = changes[name] if match.rows is None else changes[name][match.rows]
         return y + F.linear(x, (change.mT if match.flipped else change).to(x.dtype)).to(y.dtype)
 
-    twin = observed(model, candidates, observe).eval().requires_grad_(False)
+    twin = evaluated(observed(model, candidates, observe)).requires_grad_(False)
     pairs = [(Run(_own(twin), batch.cloned()), Run(_own(twin), batch.cloned())) for batch in inputs]
     twins.update(compressed for _, compressed in pairs)
     with tqdm(total=len(plain), desc="project in order", unit="weight", leave=False) as bar:

@@ -26,6 +26,7 @@ from monarch_fx.layers.match import Match
 from monarch_fx.passes import checks, rewrite
 from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
 from monarch_fx.passes.losses import attention_mask, counted, loss_gradient
+from monarch_fx.passes.modes import evaluated
 from monarch_fx.records import Candidate
 
 Observe = Callable[[Sequence[Candidate], Match, Tensor, Tensor], Tensor]
@@ -184,7 +185,7 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
     check_batches(batches, "calibration")
     device = next(model.parameters()).device
     sums = _Sums(anchor=torch.zeros((), device=device, requires_grad=True))
-    twin = observed(model, candidates, sums.observe).eval().requires_grad_(False)
+    twin = evaluated(observed(model, candidates, sums.observe)).requires_grad_(False)
     draw = torch.Generator(device).manual_seed(0)  # the same plan every time, and the user's own generator left alone
     first = True
     for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False):

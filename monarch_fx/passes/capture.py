@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from monarch_fx.errors import CaptureError, ExampleInputsError
 from monarch_fx.layers.attention import multi_head_attention
 from monarch_fx.passes.inputs import Inputs
+from monarch_fx.passes.modes import evaluating
 from monarch_fx.rules import op_name
 
 
@@ -103,22 +104,17 @@ def _device(model: nn.Module) -> torch.device | None:
 @contextlib.contextmanager
 def _quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, no fused attention, no third-party warnings; everything is put back after."""
-    training = {module: module.training for module in model.modules()}
     fast_path = torch.backends.mha.get_fastpath_enabled()
     disabled = logging.root.manager.disable
     try:
-        for module in training:  # not model.eval(), which exported modules refuse
-            module.training = False
         torch.backends.mha.set_fastpath_enabled(False)
         logging.disable(logging.CRITICAL)
-        with torch.no_grad(), warnings.catch_warnings():
+        with evaluating(model), torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(disabled)
         torch.backends.mha.set_fastpath_enabled(fast_path)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _export_dynamic(model: nn.Module, inputs: Inputs) -> Captured:

@@ -15,6 +15,7 @@ from monarch_fx.layers.match import Match
 from monarch_fx.passes import rewrite
 from monarch_fx.passes.calibrate import observed
 from monarch_fx.passes.inputs import Inputs
+from monarch_fx.passes.modes import evaluated
 from monarch_fx.passes.permute import reordered
 from monarch_fx.records import Candidate, Plan
 
@@ -34,7 +35,8 @@ class Pair:
         self._jobs = {name: [d.candidate for d in made] for name, made in rewrite.by_parameter(plan).items()}
         self.weights = {name: cast(MonarchWeight, model.get_submodule(name)) for name in self._jobs}
         candidates = [candidate for mine in self._jobs.values() for candidate in mine]
-        self.teacher = observed(reordered(teacher, plan.orders), candidates, self._hear).eval().requires_grad_(False)
+        twin = observed(reordered(teacher, plan.orders), candidates, self._hear)
+        self.teacher = evaluated(twin).requires_grad_(False)
         self._heard: dict[Any, list[tuple[torch.Size, Tensor]]] | None = None
 
     def run(self, inputs: Inputs, compare: Compare) -> None:

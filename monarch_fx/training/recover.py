@@ -25,6 +25,7 @@ from monarch_fx.errors import ConfigError
 from monarch_fx.passes import checks
 from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
 from monarch_fx.passes.losses import attention_mask, counted, distance, relative_error
+from monarch_fx.passes.modes import evaluating
 from monarch_fx.passes.pair import Pair
 from monarch_fx.records import Recovery
 
@@ -87,22 +88,20 @@ def recover(
     run = _Run(_Distances(model, teacher), inputs, steps, minutes, lr)
     if path is not None and path.exists():
         run.load(path)
-    modes = {module: module.training for module in model.modules()}
     wanted = {p: p.requires_grad for p in model.parameters()}
-    model.eval().requires_grad_(False)
+    model.requires_grad_(False)
     for factor in run.factors.values():
         factor.requires_grad_(True)
     try:
-        try:
-            run.train(path)
-        finally:
-            run.finish(path)
+        with evaluating(model):
+            try:
+                run.train(path)
+            finally:
+                run.finish(path)
     finally:
         for p, requires_grad in wanted.items():
             p.requires_grad_(requires_grad)
             p.grad = None
-        for module, training in modes.items():
-            module.training = training
         if run.best:
             api.note(model, dataclasses.replace(report, recovery=run.recovery()))
     return model
