@@ -14,9 +14,10 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import monarch_fx as mfx
@@ -43,7 +44,7 @@ HEADER = (
     "predicted",
 )
 RECOMPILES = 64  # of the same code: the layers of all variants
-POSITIONS = re.compile(r"wpe|position_embeddings")
+POSITIONS = re.compile(r"wpe|position_embeddings|pos_embed")
 
 Inputs = dict[str, Any]
 Step = Callable[[], Tensor]
@@ -256,6 +257,24 @@ def without_products(model: nn.Module, plan: mfx.Plan) -> nn.Module:
     return model
 
 
+class Result(NamedTuple):
+    logits: Tensor
+    loss: Tensor | None
+
+
+class Classifier(nn.Module):
+    """A model of timm that takes and gives what Hugging Face's do."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.default_cfg = model.default_cfg  # from which plans know its inputs
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> Result:
+        logits = self.model(pixel_values)
+        return Result(logits, None if labels is None else F.cross_entropy(logits, labels))
+
+
 class LayerCache:
     """Keys and values of a layer for ``length`` tokens; the last place is written by every step again."""
 
@@ -279,9 +298,10 @@ def gpt2(**sizes: Any) -> nn.Module:
 
 
 def vit(**sizes: Any) -> nn.Module:
-    from transformers import ViTConfig, ViTForImageClassification
+    """timm's: attention of Hugging Face's runs as products in float32."""
+    from timm.models.vision_transformer import vit_base_patch16_224
 
-    return ViTForImageClassification(ViTConfig(problem_type="single_label_classification", num_labels=1000, **sizes))
+    return Classifier(vit_base_patch16_224(**sizes))
 
 
 def bert(masked: bool, **sizes: Any) -> nn.Module:

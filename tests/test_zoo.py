@@ -136,3 +136,10 @@ def test_no_dense_fallback(built: zoo.Built) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error", mfx.errors.DenseFallbackWarning)
         zoo.run(mfx.monarchify(model, config=REDUCED, example_inputs=inputs), inputs)
+
+
+def test_a_model_of_timm_describes_its_inputs_in_half_precision() -> None:
+    pytest.importorskip("timm")
+    model, _ = zoo.timm_vit()
+    model.default_cfg = {"input_size": (3, 224, 224)}
+    assert "torch.export" in mfx.plan(model.bfloat16(), config=REDUCED).capture

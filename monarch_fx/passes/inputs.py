@@ -89,7 +89,8 @@ def own_inputs(model: nn.Module) -> Inputs | None:
     """Inputs that the model describes itself (transformers' ``dummy_inputs`` and config, timm's ``default_cfg``)."""
     timm_config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     if isinstance(timm_config, Mapping) and "input_size" in timm_config:
-        return Inputs((torch.zeros(2, *_timm_input_size(model, timm_config)),), {}, given=False)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+        return Inputs((torch.zeros(2, *_timm_input_size(model, timm_config), dtype=dtype),), {}, given=False)
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "main_input_name"):
         return None
