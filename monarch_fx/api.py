@@ -16,7 +16,7 @@ from monarch_fx import assess
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, resolve
 from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchError
-from monarch_fx.factors import FactorMaker
+from monarch_fx.factors import FactorMaker, work_folder
 from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes import checks, graph, rewrite
 from monarch_fx.passes.calibrate import Calibration
@@ -239,6 +239,7 @@ def monarchify(
         )
     if anchor is not None:
         check_batches(anchor, "anchor")
+    folder = None if work_dir is None else work_folder(work_dir)
     choices: dict[str, Any] = {
         "budget": budget,
         "include": include,
@@ -260,7 +261,7 @@ def monarchify(
     if calibration is not None and not planned_here:  # else the plan has read the batches, which may come only once
         calibrated = _calibrated(model, rewritten, calibration)
     calibrated = _reordered(calibrated, rewritten, plan.orders)
-    maker = FactorMaker(init, {} if calibrated is None else calibrated.statistics, work_dir)
+    maker = FactorMaker(init, {} if calibrated is None else calibrated.statistics, folder)
     inputs = None if example_inputs is None else user_inputs(model, example_inputs)
     if inplace:
         reorder(model, plan.orders)

@@ -6,16 +6,16 @@ import contextlib
 import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from monarch_fx import assess
+from monarch_fx import assess, files
 from monarch_fx.errors import ConfigError
 from monarch_fx.layers import init_factors
 from monarch_fx.passes.anchor import Moments, compress_in_order
@@ -25,31 +25,40 @@ from monarch_fx.records import Candidate, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 
 
+def work_folder(work_dir: str | os.PathLike[str]) -> Path:
+    """The folder, made where there is none.
+
+    Raises:
+        ConfigError: It is a file or inside one, or nothing can be written there.
+    """
+    folder = Path(work_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"work_dir={str(folder)!r} is a file or inside one: give a folder.") from error
+    except OSError as error:
+        raise ConfigError(
+            f"work_dir={str(folder)!r} can't be written to ({error.strerror}): give a folder that may be."
+        ) from error
+    return folder
+
+
 class FactorMaker:
     """Makes factors one product after the other, and keeps what they cost.
 
     Args:
         init: ``"project"`` or ``"random"``.
         statistics: What calibration data tell, by product.
-        work_dir: Where projected factors are kept; None: nowhere.
-
-    Raises:
-        ConfigError: ``work_dir`` is a file, or inside one.
+        folder: Where projected factors are kept; None: nowhere.
     """
 
-    def __init__(
-        self, init: str, statistics: Mapping[str, Statistics], work_dir: str | os.PathLike[str] | None
-    ) -> None:
-        self.init, self.statistics = init, statistics
+    def __init__(self, init: str, statistics: Mapping[str, Statistics], folder: Path | None) -> None:
+        self.init, self.statistics, self.folder = init, statistics, folder
         self.errors: dict[str, float] = {}
         self.losses: dict[str, float] = {}
         self.made: dict[str, Monarch] = {}  # in the order of the model, before they are asked for
-        self.folder = None if work_dir is None else Path(work_dir)
-        if self.folder is not None:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except (FileExistsError, NotADirectoryError) as error:
-                raise ConfigError(f"work_dir={str(work_dir)!r} is a file or inside one: give a folder.") from error
 
     def make(self, name: str, dense: Tensor, shape: MonarchShape) -> Monarch:
         """The structure of a dense weight (B?, out, in)."""
@@ -98,9 +107,7 @@ class FactorMaker:
         monarch = _read(file, key, shape, dense.device)
         if monarch is None:
             monarch = _project(dense, shape, seen)
-            unfinished = file.with_suffix(".unfinished")
-            save_file({"R": monarch.R, "L": monarch.L}, unfinished, metadata={"key": key})
-            os.replace(unfinished, file)
+            files.write(file, {"R": monarch.R, "L": monarch.L}, {"key": key})
         return monarch
 
 
@@ -111,8 +118,8 @@ def _project(dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Mon
 
 
 def _read(file: Path, key: str, shape: MonarchShape, device: torch.device) -> Monarch | None:
-    """The factors in a file; None where there is none, or not one of this key."""
-    with contextlib.suppress(FileNotFoundError, SafetensorError), safe_open(file, "pt", device=str(device)) as stored:
+    """The factors in a file; None where there is none, it can't be read, or not one of this key."""
+    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt", device=str(device)) as stored:
         if (stored.metadata() or {}).get("key") == key:
             R, L = stored.get_tensor("R"), stored.get_tensor("L")
             return Monarch(R, L, in_features=shape.in_features, out_features=shape.out_features)

@@ -1,5 +1,7 @@
 """Work that was interrupted goes on: factors in a work directory, calibrations in a file."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +107,60 @@ def test_a_calibration_is_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_refusals(tmp_path: Path) -> None:
+def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
+    """They are refused before anything is computed."""
+    options: dict[str, Any] = {"example_inputs": torch.randn(3, 32), "config": CONFIG, "calibration": unread()}
     file = tmp_path / "file"
     file.write_text("text")
-    with pytest.raises(ConfigError, match="is a file or inside one: give a folder"):
-        mfx.monarchify(model(), example_inputs=torch.randn(3, 32), config=CONFIG, work_dir=file)
-    with pytest.raises(ConfigError, match="is a file or inside one: give a folder"):
-        mfx.monarchify(model(), example_inputs=torch.randn(3, 32), config=CONFIG, work_dir=file / "work")
-    with pytest.raises(ConfigError, match="is not a calibration"):
-        mfx.Calibration.load(file)
-    save_file({"w": torch.zeros(3)}, file)
-    with pytest.raises(ConfigError, match=r"is not a calibration .* it says None"):
-        mfx.Calibration.load(file)
+    for folder in (file, file / "work"):
+        with pytest.raises(ConfigError, match="is a file or inside one: give a folder"):
+            mfx.monarchify(model(), work_dir=folder, **options)
+    for folder in ("/proc", "/proc/work"):  # where not even an administrator writes
+        if sys.platform == "linux":
+            with pytest.raises(ConfigError, match=rf"work_dir='{folder}' can't be written to .*give a folder"):
+                mfx.monarchify(model(), work_dir=folder, **options)
+
+
+def unread() -> Iterator[torch.Tensor]:
+    raise AssertionError
+    yield
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "0.weight.safetensors").mkdir()
+    dense, x = model(), torch.randn(3, 32)
+    with pytest.raises(ConfigError, match=r"0\.weight\.safetensors' can't be written"):
+        mfx.monarchify(dense, example_inputs=x, config=CONFIG, work_dir=tmp_path, inplace=True)
+    torch.testing.assert_close(dense(x), model()(x))
+
+
+@pytest.mark.parametrize("kept", [0, 100, -1])
+def test_files_cut_short(tmp_path: Path, projected: list[tuple[int, ...]], kept: int) -> None:
+    options: dict[str, Any] = {"example_inputs": torch.randn(3, 32), "config": CONFIG, "work_dir": tmp_path}
+    wanted = mfx.monarchify(model(), **options).state_dict()
+    file = tmp_path / "0.weight.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    projected.clear()
+    torch.testing.assert_close(mfx.monarchify(model(), **options).state_dict(), wanted, rtol=0, atol=0)
+    assert projected == [(48, 32)]
+    calibration = tmp_path / "seen"
+    mfx.calibrate(model(), [torch.randn(9, 32)]).save(calibration)
+    calibration.write_bytes(calibration.read_bytes()[:kept])
+    with pytest.raises(ConfigError, match=r"seen' is not a calibration .*or not all of one .*monarch_fx\.calibrate"):
+        mfx.Calibration.load(calibration)
+
+
+def test_calibrations_that_cannot_be_read_or_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing' can't be read .*give the file that Calibration\.save"):
+        mfx.Calibration.load(tmp_path / "missing")
+    with pytest.raises(ConfigError, match=r"is a folder: give the file that Calibration\.save"):
+        mfx.Calibration.load(tmp_path)
+    save_file({"w": torch.zeros(3)}, tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"other' is not a calibration .* it says None"):
+        mfx.Calibration.load(tmp_path / "other")
+    calibration = mfx.calibrate(model(), [torch.randn(9, 32)])
+    (tmp_path / "folder").mkdir()
+    for path in (tmp_path / "folder", tmp_path / "missing" / "seen"):
+        with pytest.raises(ConfigError, match=r"can't be written .*give a file in a folder that exists"):
+            calibration.save(path)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", "folder"}

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from monarch_fx import files
 from monarch_fx.errors import ConfigError, MonarchWarning
 from monarch_fx.layers.match import Match
 from monarch_fx.passes import checks, rewrite
@@ -67,30 +67,37 @@ class Calibration:
     fingerprint: str
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file, which ``Calibration.load`` reads."""
+        """Writes a safetensors file, which ``Calibration.load`` reads.
+
+        Raises:
+            ConfigError: It can't be written there.
+        """
         tensors = {}
         for name, seen in self.statistics.items():
             tensors[f"{name}.inputs"] = seen.inputs.contiguous()
             if seen.gradients is not None:
                 tensors[f"{name}.gradients"] = seen.gradients.contiguous()
-        unfinished = f"{os.fspath(path)}.unfinished"
-        known = {"loss": self.loss or "", "fingerprint": self.fingerprint}
-        save_file(tensors, unfinished, metadata={"monarch_fx": FORMAT, **known})
-        os.replace(unfinished, path)
+        files.write(path, tensors, {"monarch_fx": FORMAT, "loss": self.loss or "", "fingerprint": self.fingerprint})
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Calibration:
         """Reads what ``save`` wrote, on the CPU.
 
         Raises:
-            ConfigError: The file is no calibration as ``save`` writes it.
+            ConfigError: The file can't be read, or is no calibration as ``save`` writes it.
         """
         try:
             with safe_open(path, "pt") as stored:
                 known = stored.metadata() or {}
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118 (no mapping)
+        except OSError as error:
+            what = "is a folder" if os.path.isdir(path) else f"can't be read ({error})"
+            raise ConfigError(f"{os.fspath(path)!r} {what}: give the file that Calibration.save() wrote.") from error
         except SafetensorError as error:
-            raise ConfigError(f"{os.fspath(path)!r} is not a calibration as Calibration.save() writes it.") from error
+            raise ConfigError(
+                f"{os.fspath(path)!r} is not a calibration as Calibration.save() writes it, or not all of one "
+                f"({error}): make it again with monarch_fx.calibrate()."
+            ) from error
         if known.get("monarch_fx") != FORMAT:
             raise ConfigError(
                 f"{os.fspath(path)!r} is not a calibration as this Calibration.save() writes it ({FORMAT}): it says "
