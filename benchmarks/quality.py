@@ -107,7 +107,9 @@ class Subject:
     def uniform(self, budget: float, nblocks: int, calibration: mfx.Calibration | None) -> nn.Module:
         """The same share of every product, on one grid."""
         if nblocks not in self.grids:
-            self.grids[nblocks] = mfx.plan(self.model, **self.options(nblocks=nblocks))
+            with torch.device("meta"):  # nothing is decided here: no errors need to be known
+                twin = type(self.model)(self.model.config)
+            self.grids[nblocks] = mfx.plan(twin, **self.options(nblocks=nblocks))
         plan = self.grids[nblocks]
         for decision in plan.decisions:
             size = decision.candidate.in_features, decision.candidate.out_features
