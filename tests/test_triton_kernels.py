@@ -191,6 +191,33 @@ def test_other_numbers_of_tokens_compile_nothing_new(monkeypatch: pytest.MonkeyP
         assert constants[-4:-2] == constants[-2:]
 
 
+def test_a_compiled_kernel_is_kept_and_called_with_addresses() -> None:
+    class Kernel:
+        """Calls of itself, and of what it was compiled to."""
+
+        arg_names = ("a", "b", "number", "LAST", "FIRST")
+
+        def __init__(self, compiled: object) -> None:
+            self.compiled = compiled
+            self.calls: list[tuple[object, ...]] = []
+
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *operands, **options: self.calls.append((grid, *operands, options)) or self.compiled
+
+    a, b = torch.zeros(32, 16, device=DEVICE), torch.zeros(4, device=DEVICE)
+    layouts = ([32, 16], [16, 1], [16, 16]), None
+    for aligned, counts in ((True, (1, 2)), (False, (3, 0))):
+        kernel = Kernel(compiled := Kernel(None))
+        run = launch.Launch(kernel, (2,), layouts, (7,), {"FIRST": 1, "num_warps": 4, "LAST": 2}, aligned)
+        for _ in range(3):
+            run(a, b)
+        assert (len(kernel.calls), len(compiled.calls)) == counts
+        for grid, described, operand, *rest in kernel.calls:
+            assert (grid, described.base is a, operand is b, rest[0]) == ((2, 1, 1), True, True, 7)
+        for grid, described, *rest in compiled.calls:
+            assert (grid, described.base is a, rest) == ((2, 1, 1), True, [b.data_ptr(), 7, 2, 1, {}])
+
+
 def test_what_tensor_descriptors_can_have() -> None:
     x, R, L, _, y = operands(8, 1, 1, 16, 64, 64)
     if not launch.has_hopper_features(x.device):

@@ -30,7 +30,7 @@ class Launch:
     """A kernel with all that it is called with but the tensors.
 
     Triton looks at every argument of every call again, which takes longer than many of these kernels run. Here the
-    compiled kernel is kept, and called by itself.
+    compiled kernel is kept, and called by itself, with addresses: about a tensor Triton asks the driver each time.
 
     Args:
         kernel: Whose first parameters are tensors, then numbers, then constants.
@@ -57,20 +57,25 @@ class Launch:
         self.options = options
         self.aligned = aligned
         self.compiled: Any = None
-        self.constants: tuple[Any, ...] = ()
+        self.rest: tuple[Any, ...] = ()  # what follows the tensors in its calls
 
     def __call__(self, *tensors: Tensor) -> None:
+        if self.compiled is not None:
+            self.compiled(*map(_address, tensors, self.layouts), *self.rest)
+            return
         operands = [
             tensor if layout is None else TensorDescriptor(tensor, *layout)
             for tensor, layout in zip(tensors, self.layouts, strict=True)
         ]
-        if self.compiled is not None:
-            self.compiled[self.grid](*operands, *self.numbers, *self.constants)
-            return
         compiled = self.kernel[self.grid](*operands, *self.numbers, **self.options)
         if self.aligned and compiled is not None:  # the interpreter compiles nothing
-            self.constants = tuple(self.options[name] for name in self.kernel.arg_names if name in self.options)
-            self.compiled = compiled
+            constants = [self.options[name] for name in self.kernel.arg_names if name in self.options]
+            self.rest = (*self.numbers, *constants)
+            self.compiled = compiled[self.grid]
+
+
+def _address(tensor: Tensor, layout: Layout | None) -> Any:
+    return tensor.data_ptr() if layout is None else TensorDescriptor(tensor, *layout)
 
 
 def first_half(x: Tensor, R: Tensor, t: Tensor) -> bool:
