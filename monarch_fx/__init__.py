@@ -1,7 +1,7 @@
 """monarch_fx: a compiler pass that replaces dense matrix products by Monarch matrices."""
 
 from monarch_fx import transforms
-from monarch_fx.api import calibrate, measure_loss, monarchify, plan, print_graph, report, to_dense
+from monarch_fx.api import calibrate, monarchify, plan
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, measure_device
 from monarch_fx.kernels.op import monarch_bmm
@@ -9,6 +9,7 @@ from monarch_fx.layers import MonarchLinear
 from monarch_fx.passes.calibrate import Calibration
 from monarch_fx.projection.recovery import recover_factors
 from monarch_fx.records import Plan, Recovery, Report, TrainingSummary
+from monarch_fx.rewritten import measure_loss, print_graph, report, to_dense
 from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.training import densify, parameter_groups, recover, training_summary
 

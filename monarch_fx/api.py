@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,26 +14,20 @@ from tqdm.auto import tqdm
 from monarch_fx import assess
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, resolve
-from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchError
+from monarch_fx.errors import ConfigError, MetaDeviceError
 from monarch_fx.factors import FactorMaker, work_folder
 from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes import checks, graph, rewrite
-from monarch_fx.passes.calibrate import Calibration
-from monarch_fx.passes.calibrate import calibrate as run_calibration
+from monarch_fx.passes.calibrate import Calibration, calibrated
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
-from monarch_fx.passes.inputs import Inputs, check_batches, own_inputs, user_inputs
-from monarch_fx.passes.listing import listing
-from monarch_fx.passes.losses import attention_mask, distance
-from monarch_fx.passes.modes import evaluating
+from monarch_fx.passes.inputs import Inputs, check_batches, inputs_of
 from monarch_fx.passes.permute import felt, find_hidden, reorder, reordered, reordered_statistics
 from monarch_fx.passes.select import Patterns, select
-from monarch_fx.planning import OBJECTIVES, decide
+from monarch_fx.planning import check_choices, decide
 from monarch_fx.planning.workload import Tokens, planned_dtype, token_mix
 from monarch_fx.records import Candidate, HiddenOrder, Plan, Report
-from monarch_fx.structure import Monarch, MonarchShape
-
-_REPORT = "_monarch_fx_report"
+from monarch_fx.rewritten import note
 
 
 def plan(
@@ -94,80 +87,6 @@ def plan(
     return _make_plan(model, budget, **options)[0]
 
 
-def _make_plan(
-    model: Any,
-    budget: float | None,
-    *,
-    example_inputs: Any,
-    include: Patterns | None,
-    exclude: Patterns | None,
-    tokens: Tokens,
-    workload: str,
-    objective: str,
-    device: str | DeviceProfile,
-    config: MonarchConfig | None,
-    calibration: Calibration | Iterable[Any] | None,
-    strict: bool,
-) -> tuple[Plan, Calibration | None]:
-    """The plan, and what calibration data say."""
-    if isinstance(model, torch.export.ExportedProgram):
-        _check_runs(model, calibration)
-        model = graph.program_module(model)
-    model = checks.check_model(model)
-    config = config or MonarchConfig()
-    _check_arguments(budget, workload, objective, config)
-    meta = checks.on_meta(model)
-    if calibration is not None:
-        _check_values(model)
-
-    inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
-    captured = graph.captured_module(model, inputs) or capture(model, inputs)
-    candidates, declined = find_candidates(captured, model)
-    candidates, declined = select(candidates, declined, model, include, exclude)
-    checks.check_weights(model, candidates, values=not meta)
-
-    profile = resolve(device, next(model.parameters()).device)
-    mix, tokens_source = token_mix(tokens, candidates, captured.given)
-    dtype = planned_dtype(candidates)
-    calibrated = None if calibration is None else _calibrated(model, candidates, calibration)
-    orders: tuple[HiddenOrder, ...] = ()
-    if calibrated is not None and config.reorder and config.grid != (1, 1):
-        orders = assess.orders(model, find_hidden(captured, model), candidates, calibrated)
-    planned, seen = reordered(model, orders), _reordered(calibrated, candidates, orders)
-    errors, error_source = assess.errors(planned, candidates, config, seen)
-    decisions = decide(
-        candidates,
-        errors,
-        losses=assess.losses(planned, candidates, seen),
-        measure=assess.measures(planned, candidates, seen),
-        budget=budget,
-        objective=objective,
-        config=config,
-        profile=profile,
-        tokens=mix,
-        workload=workload,
-        dtype=dtype,
-        strict=strict,
-    )
-    made = Plan(
-        decisions=decisions,
-        declined=tuple(declined),
-        budget=budget,
-        tokens=tuple(mix.items()),
-        tokens_source=tokens_source,
-        workload=workload,
-        dtype=dtype,
-        device=profile.name,
-        error_source=error_source,
-        model_params=checks.total_params(model.parameters()),
-        fingerprint=checks.fingerprint(model),
-        capture=captured.how,
-        objective=objective,
-        orders=felt(orders, decisions),
-    )
-    return made, calibrated
-
-
 def monarchify(
     model: Any,
     budget: float | None = None,
@@ -224,12 +143,15 @@ def monarchify(
         raise ConfigError(f'init must be "project" or "random", got {init!r}.')
     if init == "random" and not (calibration is None and anchor is None):
         raise ConfigError('calibration and anchor are for init="project": random factors keep nothing of the weights.')
+    if not (calibration is None and anchor is None):
+        checks.check_runs(model)
+    choices: dict[str, Any] = {"budget": budget, "include": include, "exclude": exclude, "tokens": tokens}
+    choices["config"] = config
+    options: dict[str, Any] = {"example_inputs": example_inputs, "workload": workload, "objective": objective}
+    options |= {"device": device, "strict": strict}
     if isinstance(model, torch.export.ExportedProgram):
-        _check_runs(model, calibration if anchor is None else anchor)
-        options = {"plan": plan, "example_inputs": example_inputs, "include": include, "exclude": exclude}
-        options |= {"tokens": tokens, "workload": workload, "objective": objective, "init": init, "device": device}
-        options |= {"config": config, "strict": strict, "work_dir": work_dir}
-        rewritten = monarchify(graph.program_module(model), budget, inplace=True, **options)
+        options |= {"plan": plan, "init": init, "work_dir": work_dir}
+        rewritten = monarchify(graph.program_module(model), inplace=True, **choices, **options)
         return graph.export_again(model, rewritten)
     model = checks.check_model(model)
     if checks.on_meta(model):
@@ -240,41 +162,22 @@ def monarchify(
     if anchor is not None:
         check_batches(anchor, "anchor")
     folder = None if work_dir is None else work_folder(work_dir)
-    choices: dict[str, Any] = {
-        "budget": budget,
-        "include": include,
-        "exclude": exclude,
-        "tokens": tokens,
-        "config": config,
-    }
-    planned_here = plan is None
-    calibrated: Calibration | None = None
+
     if plan is None:
-        options = {"example_inputs": example_inputs, "workload": workload, "objective": objective, "device": device}
-        options["strict"] = strict
-        plan, calibrated = _make_plan(model, calibration=calibration, **options, **choices)
-    elif given := [name for name, value in choices.items() if value is not None]:
-        raise ConfigError(f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan.")
-    checks.check_plan(model, plan)
-    rewritten = [d.candidate for d in plan.rewritten]
-    checks.check_weights(model, rewritten, values=True)
-    if calibration is not None and not planned_here:  # else the plan has read the batches, which may come only once
-        calibrated = _calibrated(model, rewritten, calibration)
-    calibrated = _reordered(calibrated, rewritten, plan.orders)
-    maker = FactorMaker(init, {} if calibrated is None else calibrated.statistics, folder)
-    inputs = None if example_inputs is None else user_inputs(model, example_inputs)
-    if inplace:
-        reorder(model, plan.orders)
+        plan, known = _make_plan(model, calibration=calibration, **choices, **options)
     else:
-        model = reordered(model, plan.orders)
-    if anchor is not None:
-        try:
-            maker.make_in_order(model, plan, anchor)
-        except BaseException:
-            if inplace:
-                reorder(model, [order.inverse for order in plan.orders])
-            raise
-    return _carry_out(model, plan, maker, inplace, inputs)
+        if given := [name for name, value in choices.items() if value is not None]:
+            raise ConfigError(
+                f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan."
+            )
+        checks.check_plan(model, plan)
+        products = [d.candidate for d in plan.rewritten]
+        checks.check_weights(model, products, values=True)
+        known = None if calibration is None else calibrated(model, products, calibration)
+    known = _reordered(known, [d.candidate for d in plan.rewritten], plan.orders)
+    maker = FactorMaker(init, {} if known is None else known.statistics, folder)
+    inputs = None if example_inputs is None else inputs_of(model, example_inputs)
+    return _carry_out(model, plan, maker, anchor, inplace, inputs)
 
 
 def calibrate(
@@ -300,111 +203,101 @@ def calibrate(
         MetaDeviceError: The model has no values.
         As ``plan`` does.
     """
-    model = checks.check_model(model)
-    _check_values(model)
-    inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
-    captured = graph.captured_module(model, inputs) or capture(model, inputs)
+    checks.check_runs(model)
+    captured = capture(model, inputs_of(model, example_inputs))
     candidates, _ = select(*find_candidates(captured, model), model, include, exclude)
-    return run_calibration(model, candidates, batches)
+    return calibrated(model, candidates, batches)
 
 
-def report(model: nn.Module) -> Report:
-    """What ``monarchify`` did to ``model``.
-
-    Raises:
-        MonarchError: The model was not made by ``monarchify``.
-    """
-    made = getattr(model, _REPORT, None)
-    if not isinstance(made, Report):
-        raise MonarchError(f"{type(model).__name__} has no report: it was not made by monarch_fx.monarchify().")
-    return made
-
-
-def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -> float:
-    """What rewriting really costs, to be read beside the loss predicted; both models are run in eval mode.
-
-    Args:
-        model: What ``monarchify`` returned, recovered or not.
-        teacher: The dense model that it was made from.
-        batches: Real inputs, each in one of the forms of ``example_inputs``. Tokens that an ``attention_mask`` hides
-            don't count.
-
-    Returns:
-        How far the outputs are from the teacher's, mean over the batches: the divergence of logits a token, else half
-        the relative squared error of the first floating-point tensor. ``report(model)`` shows it from now on.
-
-    Raises:
-        MonarchError: ``model`` was not made by ``monarchify``.
-        ConfigError: There are no batches, or ``batches`` is a single one.
-        NotAModuleError, WrappedModelError, PlanMismatchError: ``teacher`` is no plain module, or another architecture.
-        ExampleInputsError: A batch doesn't fit the model's forward.
-    """
-    made = report(model)
-    check_batches(batches, "batches")
-    checks.check_teacher(teacher, model, made.plan)
-    device = next(model.parameters()).device
-    found = []
-    with evaluating(model, teacher):
-        for batch in tqdm(batches, desc="loss", unit="batch", leave=False):
-            inputs = user_inputs(model, batch).on(device)
-            with torch.no_grad():
-                output, wanted = (both(*inputs.args, **inputs.kwargs) for both in (model, teacher))
-            found.append(float(distance(output, wanted, attention_mask(inputs.kwargs))))
-    if not found:
-        raise ConfigError("measure_loss needs batches, got none.")
-    loss = sum(found) / len(found)
-    note(model, dataclasses.replace(made, measured_loss=loss))
-    return loss
-
-
-def note(model: nn.Module, made: Report) -> None:
-    """Replaces the report of a model."""
-    setattr(model, _REPORT, made)
-
-
-def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` in which every Monarch weight is a plain dense parameter again; same outputs.
-
-    Raises:
-        NotAModuleError: ``model`` is not an ``nn.Module``.
-    """
+def _make_plan(
+    model: Any,
+    budget: float | None,
+    *,
+    example_inputs: Any,
+    include: Patterns | None,
+    exclude: Patterns | None,
+    tokens: Tokens,
+    workload: str,
+    objective: str,
+    device: str | DeviceProfile,
+    config: MonarchConfig | None,
+    calibration: Calibration | Iterable[Any] | None,
+    strict: bool,
+) -> tuple[Plan, Calibration | None]:
+    """The plan, and what calibration data say."""
+    if calibration is not None:
+        checks.check_runs(model)
+    if isinstance(model, torch.export.ExportedProgram):
+        model = graph.program_module(model)
     model = checks.check_model(model)
-    dense = rewrite.copy_without(model, ())
-    make_dense(dense)
-    return dense
+    config = config or MonarchConfig()
+    check_choices(budget, workload, objective, config)
+    has_values = not checks.on_meta(model)
+
+    captured = capture(model, inputs_of(model, example_inputs))
+    candidates, declined = select(*find_candidates(captured, model), model, include, exclude)
+    checks.check_weights(model, candidates, values=has_values)
+
+    profile = resolve(device, next(model.parameters()).device)
+    mix, tokens_source = token_mix(tokens, candidates, captured.given)
+    dtype = planned_dtype(candidates)
+
+    known = None if calibration is None else calibrated(model, candidates, calibration)
+    orders: tuple[HiddenOrder, ...] = ()
+    if known is not None and config.reorder and config.grid != (1, 1):
+        orders = assess.orders(model, find_hidden(captured, model), candidates, known)
+    planned, seen = reordered(model, orders), _reordered(known, candidates, orders)
+    errors, error_source = assess.errors(planned, candidates, config, seen)
+    decisions = decide(
+        candidates,
+        errors,
+        losses=assess.losses(planned, candidates, seen),
+        measure=assess.measures(planned, candidates, seen),
+        budget=budget,
+        objective=objective,
+        config=config,
+        profile=profile,
+        tokens=mix,
+        workload=workload,
+        dtype=dtype,
+        strict=strict,
+    )
+    made = Plan(
+        decisions=decisions,
+        declined=tuple(declined),
+        budget=budget,
+        tokens=tuple(mix.items()),
+        tokens_source=tokens_source,
+        workload=workload,
+        dtype=dtype,
+        device=profile.name,
+        error_source=error_source,
+        model_params=checks.total_params(model.parameters()),
+        fingerprint=checks.fingerprint(model),
+        capture=captured.how,
+        objective=objective,
+        orders=felt(orders, decisions),
+    )
+    return made, known
 
 
-def make_dense(model: nn.Module, dense: Mapping[MonarchWeight, nn.Parameter] | None = None) -> None:
-    """``to_dense`` in place, also of what is rewritten inside ``model``; ``dense``: its parameters, where there are."""
-    for module in list(model.modules()):
-        if isinstance(module, fx.GraphModule):
-            graph.conceal(module)
-    rewrite.restore_dense(model, dense)
-    for module in model.modules():
-        if hasattr(module, _REPORT):
-            delattr(module, _REPORT)
-
-
-def print_graph(model: nn.Module, example_inputs: Any = None) -> None:
-    """Prints the graph of ``model``, one line a node, with one readable line for every ``monarch_bmm``.
-
-    Args:
-        model: A rewritten model, or any other.
-        example_inputs: As for ``plan``; without them the model's own dummy inputs are used.
-
-    Raises:
-        ExampleInputsError, CaptureError: The model can't be captured on the inputs.
-    """
-    model = checks.check_model(model)
-    inputs = own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
-    captured = graph.captured_module(model, inputs) or capture(model, inputs)
-    print("\n".join(listing(captured)))
-
-
-def _carry_out(model: nn.Module, plan: Plan, maker: FactorMaker, inplace: bool, inputs: Inputs | None) -> nn.Module:
-    """Projects every weight that the plan rewrites, and installs the factors."""
+def _carry_out(
+    model: nn.Module, plan: Plan, maker: FactorMaker, anchor: Iterable[Any] | None, inplace: bool, inputs: Inputs | None
+) -> nn.Module:
+    """The last three steps: projects every weight that the plan rewrites, installs the factors, and reports."""
     start = time.perf_counter()
     before = checks.total_params(model.parameters())
+    if inplace:
+        reorder(model, plan.orders)
+    else:
+        model = reordered(model, plan.orders)
+    if anchor is not None:
+        try:
+            maker.make_in_order(model, plan, anchor)
+        except BaseException:
+            if inplace:
+                reorder(model, [order.inverse for order in plan.orders])
+            raise
     jobs = rewrite.by_parameter(plan)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, MonarchWeight] = {}
@@ -414,17 +307,11 @@ def _carry_out(model: nn.Module, plan: Plan, maker: FactorMaker, inplace: bool, 
         seconds = time.perf_counter() - start
         versions = (("torch", torch.__version__),)
         figures = tuple(maker.errors.items()), maker.init, before, after, seconds, versions
-        calibrated, losses = bool(maker.statistics), tuple(maker.losses.items())
-        note(target, Report(plan, *figures, calibrated=calibrated, losses=losses))
+        note(target, Report(plan, *figures, calibrated=bool(maker.statistics), losses=tuple(maker.losses.items())))
 
     try:
         for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False, disable=len(jobs) < 2):
-            rows = iter([d.candidate.name for d in decisions if d.shape is not None])
-
-            def make(dense: torch.Tensor, shape: MonarchShape) -> Monarch:
-                return maker.make(next(rows), dense, shape)  # noqa: B023 (called within the iteration)
-
-            weight = rewrite.build_weight(parameters[name], decisions, make)
+            weight = rewrite.build_weight(parameters[name], decisions, maker.make)
             if inplace:
                 rewrite.install(model, name, weight)
                 del parameters[name]
@@ -445,45 +332,8 @@ def _carry_out(model: nn.Module, plan: Plan, maker: FactorMaker, inplace: bool, 
     return target
 
 
-def _calibrated(model: nn.Module, candidates: list[Candidate], data: Calibration | Iterable[Any]) -> Calibration:
-    if not isinstance(data, Calibration):
-        return run_calibration(model, candidates, data)
-    if data.fingerprint != checks.fingerprint(model):
-        raise ConfigError(
-            f"The calibration was made with another architecture than this {type(model).__name__}: names, shapes or "
-            "ties of parameters differ."
-        )
-    return data
-
-
 def _reordered(
-    calibrated: Calibration | None, candidates: Sequence[Candidate], orders: Sequence[HiddenOrder]
+    known: Calibration | None, candidates: Sequence[Candidate], orders: Sequence[HiddenOrder]
 ) -> Calibration | None:
     """What the products see once hidden features are in these orders."""
-    return calibrated and reordered_statistics(calibrated, {c.name: c.view for c in candidates}, orders)
-
-
-def _check_values(model: nn.Module) -> None:
-    if checks.on_meta(model):
-        raise MetaDeviceError(f"{type(model).__name__} is on the meta device: it can't run calibration batches.")
-
-
-def _check_runs(program: torch.export.ExportedProgram, calibration: Any) -> None:
-    if calibration is not None:
-        raise ConfigError(
-            "An ExportedProgram can't be calibrated: rewrite the module that it was exported from, and export again."
-        )
-
-
-def _check_arguments(budget: Any, workload: str, objective: str, config: MonarchConfig) -> None:
-    if budget is None and config.grid is None:
-        raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
-    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-    if budget is not None and not (number and 0 < budget <= 1):
-        raise ConfigError(
-            f"budget must be in (0, 1], the share of parameters (or time) that may be kept; got {budget!r}."
-        )
-    if objective not in OBJECTIVES:
-        raise ConfigError(f'objective must be "params" or "latency", what the budget limits; got {objective!r}.')
-    if workload not in ("inference", "training"):
-        raise ConfigError(f'workload must be "inference" or "training", got {workload!r}.')
+    return known and reordered_statistics(known, {c.name: c.view for c in candidates}, orders)

@@ -227,6 +227,22 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
     return Calibration(statistics, sums.loss, checks.fingerprint(model))
 
 
+def calibrated(model: nn.Module, candidates: Sequence[Candidate], data: Calibration | Iterable[Any]) -> Calibration:
+    """The calibration that the user gives, or what ``calibrate`` makes of the batches.
+
+    Raises:
+        ConfigError: The calibration is of another architecture, or as ``calibrate``.
+    """
+    if not isinstance(data, Calibration):
+        return calibrate(model, candidates, data)
+    if data.fingerprint != checks.fingerprint(model):
+        raise ConfigError(
+            f"The calibration was made with another architecture than this {type(model).__name__}: names, shapes or "
+            "ties of parameters differ."
+        )
+    return data
+
+
 def _forward_and_backward(twin: nn.Module, inputs: Inputs, sums: _Sums, draw: torch.Generator) -> None:
     with torch.enable_grad():
         output = twin(*inputs.args, **inputs.kwargs)

@@ -1,8 +1,8 @@
 """Any model -> FX graphs in which every parameter is a named node.
 
-Nothing is computed and no weight is copied: the graph is exported under fake tensors. Where export can't follow (a
-decision on data), a real run is recorded; without any inputs, a symbolic trace, or at least the known layer types, tell
-the products.
+A GraphModule has one. Of other models nothing is computed and no weight is copied: the graph is exported under fake
+tensors. Where export can't follow (a decision on data), a real run is recorded; without any inputs, a symbolic trace,
+or at least the known layer types, tell the products.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ def capture(model: nn.Module, inputs: Inputs | None) -> Captured:
         ExampleInputsError: The model itself can't run on the inputs.
         CaptureError: No front end could capture it.
     """
+    own = _own_graph(model, inputs)
+    if own is not None:
+        return own
     if inputs is None:
         with _quiet(model):
             try:
@@ -115,6 +118,23 @@ def _quiet(model: nn.Module) -> Iterator[None]:
     finally:
         logging.disable(disabled)
         torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _own_graph(model: nn.Module, inputs: Inputs | None) -> Captured | None:
+    """That of a GraphModule whose products stand in it and whose shapes are known."""
+    if not isinstance(model, fx.GraphModule):
+        return None
+    called = [model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module"]
+    if any(True for module in called for _ in module.parameters()):
+        return None
+    if inputs is not None and not has_shapes(model.graph):
+        return None
+    return captured_graph(model.graph, model, "the GraphModule's own graph")
+
+
+def has_shapes(graph: fx.Graph) -> bool:
+    """Whether the graph's nodes hold (fake) values."""
+    return all(value_of(node) is not None for node in graph.nodes if node.op == "placeholder")
 
 
 def _export_dynamic(model: nn.Module, inputs: Inputs) -> Captured:

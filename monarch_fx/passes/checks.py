@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from monarch_fx.errors import (
+    ConfigError,
     MetaDeviceError,
     NotAModuleError,
     PlanMismatchError,
@@ -115,6 +116,22 @@ def on_meta(model: nn.Module) -> bool:
             "all of the model, or none of it to plan only."
         )
     return bool(meta)
+
+
+def check_runs(model: Any) -> None:
+    """Whether it can run on calibration batches.
+
+    Raises:
+        NotAModuleError, WrappedModelError: As ``check_model``.
+        ConfigError: It is an ExportedProgram.
+        MetaDeviceError: It is on the meta device, or a part of it is.
+    """
+    if isinstance(model, torch.export.ExportedProgram):
+        raise ConfigError(
+            "An ExportedProgram can't be calibrated: rewrite the module that it was exported from, and export again."
+        )
+    if on_meta(check_model(model)):
+        raise MetaDeviceError(f"{type(model).__name__} is on the meta device: it can't run calibration batches.")
 
 
 def fingerprint(model: nn.Module) -> str:

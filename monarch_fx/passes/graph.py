@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from monarch_fx.errors import ExampleInputsError
 from monarch_fx.layers.weight import DenseLike, MonarchWeight, WeightView, dispatch, view_of
-from monarch_fx.passes.capture import Captured, captured_graph, value_of
+from monarch_fx.passes.capture import has_shapes
 from monarch_fx.passes.inputs import Inputs
 from monarch_fx.rules import op_name
 from monarch_fx.views import VIEW_OPERATIONS
@@ -52,23 +52,6 @@ def export_again(program: torch.export.ExportedProgram, module: fx.GraphModule) 
 
 def _names(module: fx.GraphModule) -> list[str]:
     return [node.target for node in module.graph.nodes if node.op == "placeholder"]
-
-
-def captured_module(model: nn.Module, inputs: Inputs | None) -> Captured | None:
-    """The model's own graph, where it is a GraphModule whose products stand in it and whose shapes are known."""
-    if not isinstance(model, fx.GraphModule):
-        return None
-    called = [model.get_submodule(node.target) for node in model.graph.nodes if node.op == "call_module"]
-    if any(True for module in called for _ in module.parameters()):
-        return None
-    if inputs is not None and not has_shapes(model.graph):
-        return None
-    return captured_graph(model.graph, model, "the GraphModule's own graph")
-
-
-def has_shapes(graph: fx.Graph) -> bool:
-    """Whether the graph's nodes hold (fake) values."""
-    return all(value_of(node) is not None for node in graph.nodes if node.op == "placeholder")
 
 
 class _Factors:

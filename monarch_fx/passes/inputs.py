@@ -42,6 +42,15 @@ class Inputs:
         return Inputs(args, kwargs, self.given)
 
 
+def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs | None:
+    """The user's, or the model's own where they are None.
+
+    Raises:
+        ExampleInputsError: They can't be bound to the model's forward.
+    """
+    return own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
+
+
 def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     """A tensor, a tuple or list of arguments, or a mapping of keyword arguments (``BatchEncoding`` too).
 

@@ -16,8 +16,8 @@ from monarch_fx.records import Decision, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.views import MatrixView
 
-# Makes the structure of one matrix (or batch of matrices) from its dense values.
-Make = Callable[[torch.Tensor, MonarchShape], Monarch]
+# The name of a product, its dense matrix (or batch of matrices), and the structure that is made of it.
+Make = Callable[[str, torch.Tensor, MonarchShape], Monarch]
 
 
 def by_parameter(plan: Plan) -> dict[str, list[Decision]]:
@@ -31,9 +31,9 @@ def build_weight(parameter: torch.Tensor, decisions: Sequence[Decision], make: M
     pieces: list[tuple] = []
     free = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
     for decision in decisions:
-        view = decision.candidate.view
+        name, view, shape = decision.candidate.name, decision.candidate.view, decision.shape
         dense = view.gather(parameter)
-        pieces.append((view, dense.clone() if decision.shape is None else make(dense, decision.shape)))
+        pieces.append((view, dense.clone() if shape is None else make(name, dense, shape)))
         view.scatter(free, torch.zeros(view.numel, dtype=torch.bool, device=parameter.device))
     rest = parameter.detach()[free].clone() if bool(free.any()) else None
     return MonarchWeight(parameter.shape, pieces, rest, requires_grad=parameter.requires_grad)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -77,12 +78,11 @@ def decide(
         strict: Raise where the budget can't be reached.
 
     Raises:
-        ConfigError: Neither a budget nor a grid is given.
+        ConfigError: As ``check_choices``.
         BudgetError: ``strict``, and the budget can't be reached; else that is a ``BudgetWarning``.
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
-    if budget is None and config.grid is None:
-        raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
+    check_choices(budget, workload, objective, config)
     run = Run(profile, tokens, workload, dtype)
     menus = [_menu(candidate, errors.get(candidate.name, {}), config, budget, run) for candidate in candidates]
     products = [Refined(menu.options, (measure or {}).get(menu.candidate.name)) for menu in menus]
@@ -95,6 +95,25 @@ def decide(
         _decision(menu, option, why, run, known.get(menu.candidate.name))
         for menu, option in zip(menus, chosen, strict=True)
     )
+
+
+def check_choices(budget: Any, workload: str, objective: str, config: MonarchConfig) -> None:
+    """Whether these, as of ``monarch_fx.plan``, have a meaning.
+
+    Raises:
+        ConfigError: One has none.
+    """
+    if budget is None and config.grid is None:
+        raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
+    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    if budget is not None and not (number and 0 < budget <= 1):
+        raise ConfigError(
+            f"budget must be in (0, 1], the share of parameters (or time) that may be kept; got {budget!r}."
+        )
+    if objective not in OBJECTIVES:
+        raise ConfigError(f'objective must be "params" or "latency", what the budget limits; got {objective!r}.')
+    if workload not in ("inference", "training"):
+        raise ConfigError(f'workload must be "inference" or "training", got {workload!r}.')
 
 
 def _menu(

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from monarch_fx.api import make_dense
 from monarch_fx.errors import ConfigError, OptimizerError, OptimizerStateWarning
 from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes.checks import check_unwrapped
+from monarch_fx.rewritten import make_dense
 from monarch_fx.training.groups import FACTORS, KIND, MATRICES
 from monarch_fx.training.transport import first_moment, second_moment
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from monarch_fx import api
+from monarch_fx import rewritten
 from monarch_fx.errors import ConfigError
 from monarch_fx.passes import checks
 from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
@@ -74,7 +74,7 @@ def recover(
         NotAModuleError, WrappedModelError: ``teacher`` is no plain module.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
-    report = api.report(model)
+    report = rewritten.report(model)
     _check_arguments(minutes, steps, lr)
     check_batches(batches, "batches")
     checks.check_teacher(teacher, model, report.plan)
@@ -103,7 +103,7 @@ def recover(
             p.requires_grad_(requires_grad)
             p.grad = None
         if run.best:
-            api.note(model, dataclasses.replace(report, recovery=run.recovery()))
+            rewritten.note(model, dataclasses.replace(report, recovery=run.recovery()))
     return model
 
 
@@ -111,7 +111,7 @@ class _Distances:
     """How far the rewritten model is from its teacher on a batch, by outputs and product by product."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module) -> None:
-        self.pair = Pair(model, teacher, api.report(model).plan)
+        self.pair = Pair(model, teacher, rewritten.report(model).plan)
         self.factors = {
             f"{name}.{key}": factor
             for name, weight in self.pair.weights.items()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from monarch_fx.api import report
 from monarch_fx.costs import resolve
 from monarch_fx.costs.shipped import SHIPPED
 from monarch_fx.planning.workload import Run
 from monarch_fx.records import Decision, TrainingSummary
+from monarch_fx.rewritten import report
 
 
 def training_summary(model: nn.Module) -> TrainingSummary:
