@@ -83,24 +83,28 @@ def measures(
 ) -> dict[str, Callable[[MonarchShape], float]]:
     """Relative squared errors by projecting, for the products of which block spectra are rough: those that data tell
     of, since there blocks make up for each other's errors, or add to them."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    if calibrated is None:
+        return {}
+    statistics, parameters = calibrated.statistics, dict(model.named_parameters(remove_duplicate=False))
 
-    def measure(candidate: Candidate, seen: Statistics, shape: MonarchShape) -> float:
-        weight = candidate.view.gather(parameters[candidate.parameter])
+    def measure(candidate: Candidate, shape: MonarchShape) -> float:
+        weight, seen = candidate.view.gather(parameters[candidate.parameter]), statistics[candidate.name]
         return projected_error2(weight, shape, seen.inputs, seen.gradients)
 
-    seen = {} if calibrated is None else calibrated.statistics
-    return {c.name: functools.partial(measure, c, seen[c.name]) for c in candidates if c.name in seen}
+    return {c.name: functools.partial(measure, c) for c in candidates if c.name in statistics}
 
 
 def losses(
     model: nn.Module, candidates: Sequence[Candidate], calibrated: Calibration | None
 ) -> dict[str, float] | None:
     """What losing a product altogether would cost, where the model's loss feels it; None without any such product."""
-    seen = {} if calibrated is None else calibrated.statistics
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    felt = [c for c in candidates if c.name in seen and seen[c.name].gradients is not None]
-    return {c.name: loss(c.view.gather(parameters[c.parameter]), seen[c.name]) for c in felt} or None
+    found = {}
+    for c in candidates:
+        seen = None if calibrated is None else calibrated.statistics.get(c.name)
+        if seen is not None and seen.gradients is not None:
+            found[c.name] = loss(c.view.gather(parameters[c.parameter]), seen)
+    return found or None
 
 
 def loss(wrong: torch.Tensor, seen: Statistics) -> float:

@@ -11,6 +11,7 @@ from torch import nn
 
 import monarch_fx as mfx
 from monarch_fx.errors import ConfigError, MetaDeviceError, MonarchWarning
+from monarch_fx.passes import calibrate
 from monarch_fx.projection import activation, project_on_inputs, tail_errors
 
 TOKENS = 20_000
@@ -259,3 +260,38 @@ def test_refusals() -> None:
         mfx.plan(Chain(), 0.5, example_inputs=x, include="*", calibration=[x])
     with pytest.raises(MetaDeviceError, match="can't run calibration batches"):
         mfx.calibrate(Chain().to("meta"), [x], example_inputs=x)
+
+
+class Deeper(nn.Module):
+    runs = 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.neck, self.head = nn.Linear(24, 32), nn.Linear(32, 24), nn.Linear(24, 6)
+
+    def forward(self, x: torch.Tensor) -> SimpleNamespace:
+        Deeper.runs += 1
+        return SimpleNamespace(logits=self.head(torch.tanh(self.neck(torch.tanh(self.body(x))))))
+
+
+def test_statistics_that_dont_fit_together_are_collected_in_several_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = Deeper().eval(), [torch.randn(50, 24) for _ in range(3)]
+    start = Deeper.runs
+    whole = mfx.calibrate(model, batches, example_inputs=batches[0])
+    at_once = Deeper.runs - start
+    monkeypatch.setattr(calibrate, "_free", lambda device: 2 * 8 * (24**2 + 32**2))  # of one product, in one half
+    found = mfx.calibrate(model, iter(batches), example_inputs=batches[0])
+    assert Deeper.runs - start == 2 * at_once + len(batches)
+    assert found.loss == whole.loss
+    assert found.statistics.keys() == whole.statistics.keys() == {"body.weight", "neck.weight"}
+    for name, seen in whole.statistics.items():  # the same labels are drawn
+        assert torch.equal(seen.inputs, found.statistics[name].inputs)
+        assert seen.gradients is not None
+        assert torch.equal(seen.gradients, found.statistics[name].gradients)
+
+
+def test_statistics_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibrate, "_memory", lambda: 2**10)
+    model, x = Deeper().eval(), torch.randn(8, 24)
+    with pytest.raises(ConfigError, match=r"2 products take 2.38e-05 GiB, this machine has 9.54e-07: calibrate fewer"):
+        mfx.calibrate(model, [x], example_inputs=x)

@@ -3,12 +3,14 @@
 The loss increase of changing a weight W to W + D is ``1/2 E sum_t (g_t^T D x_t)^2`` to second order (Gauss-Newton),
 with x_t the product's input and g_t the loss gradient at its output for token t. With the two taken as independent
 (Kronecker-factored: Martens & Grosse 2015, arXiv 1503.05671) that is ``1/2 tr(G D C D^T)``, C = E[x x^T], G = E[g g^T].
-Both come from one pass, forward and backward. ``losses.py`` says what the loss is.
+Both come from one pass, forward and backward; where those of all products don't fit on a GPU, from one pass for each
+group of products, between which they go to the CPU. ``losses.py`` says what the loss is.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -50,6 +52,9 @@ class Statistics:
     inputs: Tensor
     gradients: Tensor | None
     drift: Tensor | None = None
+
+    def on_cpu(self) -> Statistics:
+        return Statistics(self.inputs.cpu(), None if self.gradients is None else self.gradients.cpu())
 
 
 @dataclass(frozen=True)
@@ -144,11 +149,11 @@ class _Sums:
     def _counted(self, x: Tensor) -> Tensor:
         return counted(x.detach(), self.mask)
 
-    def start_again_without_gradients(self) -> None:
+    def clear(self) -> None:
         self.inputs.clear()
         self.counts.clear()
         self.gradients.clear()
-        self.anchor = self.loss = None
+        self.tokens = 0
 
     def statistics(self) -> dict[str, Statistics]:
         found = {}
@@ -186,45 +191,98 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
         The statistics of each candidate that saw any input; experts of one weight share theirs.
 
     Raises:
-        ConfigError: ``batches`` is a single batch, or empty, or gives a product NaN or infinite values.
+        ConfigError: ``batches`` is a single batch, or empty, or gives a product NaN or infinite values; or the
+            statistics are larger than the machine's memory.
         ExampleInputsError: A batch doesn't fit the model's forward.
     """
     check_batches(batches, "calibration")
     device = next(model.parameters()).device
+    groups = _groups(candidates, device)
+    batches = batches if len(groups) == 1 else list(batches)
+    found: dict[str, Statistics] = {}
     sums = _Sums(anchor=torch.zeros((), device=device, requires_grad=True))
+    for i, group in enumerate(groups):
+        title = "calibrate" if len(groups) == 1 else f"calibrate, pass {i + 1} of {len(groups)}"
+        _run(model, group, batches, sums, title)
+        statistics = sums.statistics()
+        sums.clear()
+        found |= statistics if len(groups) == 1 else {name: seen.on_cpu() for name, seen in statistics.items()}
+    for name, seen in found.items():
+        if not all(torch.isfinite(moments).all() for moments in (seen.inputs, seen.gradients) if moments is not None):
+            raise ConfigError(
+                f"On the calibration data {name!r} sees, or has loss gradients of, NaN or infinity: mend the data, or "
+                "exclude it."
+            )
+    return Calibration(found, sums.loss, checks.fingerprint(model))
+
+
+def _groups(candidates: Sequence[Candidate], device: torch.device) -> list[list[Candidate]]:
+    """As many candidates together as the statistics of which fit into half of a GPU's free memory; all on a CPU.
+
+    Raises:
+        ConfigError: All statistics are larger than the machine's memory.
+    """
+    sizes = [(c.in_features**2 + c.out_features**2) * torch.float64.itemsize for c in candidates]
+    needed, there = sum(sizes), _memory()
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"The statistics of {len(sizes)} products take {needed / 2**30:.3g} GiB, this machine has "
+            f"{there / 2**30:.3g}: calibrate fewer products (include=, exclude=); the others are projected plainly."
+        )
+    room = _free(device) / 2  # activations and their gradients need memory, too
+    groups: list[list[Candidate]] = [[]]
+    taken = 0
+    for candidate, size in zip(candidates, sizes, strict=True):
+        if groups[-1] and taken + size > room:
+            groups.append([])
+            taken = 0
+        groups[-1].append(candidate)
+        taken += size
+    return groups
+
+
+def _memory() -> int | None:
+    """Of the machine, in bytes, where it can be known."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else None
+
+
+def _free(device: torch.device) -> float:
+    """Memory of a GPU that nothing holds, in bytes; infinite where the statistics stay in the machine's own."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
+
+
+def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any], sums: _Sums, title: str) -> None:
+    """Adds up what the candidates see of all batches."""
+    device = next(model.parameters()).device
     twin = evaluated(observed(model, candidates, sums.observe)).requires_grad_(False)
     draw = torch.Generator(device).manual_seed(0)  # the same plan every time, and the user's own generator left alone
     first = True
-    for batch in tqdm(batches, desc="calibrate", unit="batch", leave=False):
+    for batch in tqdm(batches, desc=title, unit="batch", leave=False):
         inputs = user_inputs(model, batch).on(device)
         sums.mask = attention_mask(inputs.kwargs)
         if sums.anchor is not None:
             try:
                 _forward_and_backward(twin, inputs, sums, draw)
             except RuntimeError as error:
-                if not first:
+                if not first or isinstance(error, torch.OutOfMemoryError):
                     raise
                 warnings.warn(
                     f"{type(model).__name__} can't be differentiated on the calibration data: {error}. The plan goes "
                     "by the errors of the products' outputs, not by what the model's loss feels of them.",
                     MonarchWarning,
-                    stacklevel=3,
+                    stacklevel=4,
                 )
-                sums.start_again_without_gradients()
+                sums.clear()
+                sums.anchor = sums.loss = None
         if sums.anchor is None:
             with torch.no_grad():
                 twin(*inputs.args, **inputs.kwargs)
         first = False
     if first:
         raise ConfigError("calibration has no batches.")
-    statistics = sums.statistics()
-    for name, seen in statistics.items():
-        if not all(torch.isfinite(moments).all() for moments in (seen.inputs, seen.gradients) if moments is not None):
-            raise ConfigError(
-                f"On the calibration data {name!r} sees, or has loss gradients of, NaN or infinity: mend the data, or "
-                "exclude it."
-            )
-    return Calibration(statistics, sums.loss, checks.fingerprint(model))
 
 
 def calibrated(model: nn.Module, candidates: Sequence[Candidate], data: Calibration | Iterable[Any]) -> Calibration:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx, nn
 
-from monarch_fx.passes.calibrate import Calibration
+from monarch_fx.passes.calibrate import Calibration, Statistics
 from monarch_fx.passes.candidates import Found, StaticValue, Use, find_products, tied_names
 from monarch_fx.passes.capture import Captured, value_of
 from monarch_fx.passes.rewrite import copy_with
@@ -90,18 +90,45 @@ def reordered_statistics(
     calibrated: Calibration, views: Mapping[str, MatrixView], orders: Iterable[HiddenOrder]
 ) -> Calibration:
     """What the products of the reordered model see; ``views`` are those of the products by name."""
-    statistics = dict(calibrated.statistics)
+    changed: dict[str, dict[str, Tensor]] = {}
     for order in orders:
-        index = torch.tensor(order.order)
         for name, dimension in order.along:
-            if name in statistics and name in views:
-                seen = statistics[name]
+            if name in calibrated.statistics and name in views:
                 moments = "gradients" if dimension == _dimension(views[name].out) else "inputs"
-                found = getattr(seen, moments)
-                if found is not None:
-                    at = index.to(found.device)
-                    statistics[name] = dataclasses.replace(seen, **{moments: found[at][:, at]})
-    return dataclasses.replace(calibrated, statistics=statistics)
+                changed.setdefault(name, {})[moments] = torch.tensor(order.order)
+    if not changed:
+        return calibrated
+    return dataclasses.replace(calibrated, statistics=_Reordered(calibrated.statistics, changed))
+
+
+class _Reordered(Mapping[str, Statistics]):
+    """Statistics that are put in order whenever they are read: of a large model two copies wouldn't fit.
+
+    Args:
+        statistics: As they were collected.
+        changed: By product and by moments, what stands at each place from now on.
+    """
+
+    def __init__(self, statistics: Mapping[str, Statistics], changed: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.statistics, self.changed = statistics, changed
+
+    def __getitem__(self, name: str) -> Statistics:
+        seen, made = self.statistics[name], {}
+        for moments, order in self.changed.get(name, {}).items():
+            found = getattr(seen, moments)
+            if found is not None:
+                at = order.to(found.device)
+                made[moments] = found[at][:, at]
+        return dataclasses.replace(seen, **made)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.statistics
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.statistics)
+
+    def __len__(self) -> int:
+        return len(self.statistics)
 
 
 def felt(orders: Iterable[HiddenOrder], decisions: Iterable[Decision]) -> tuple[HiddenOrder, ...]:
