@@ -197,7 +197,8 @@ def calibrate(
 
     Returns:
         Second moments of what every product sees and of the loss gradients at what it gives; (in, in) and (out, out)
-        float64 numbers a product.
+        float64 numbers a product, 183 GiB for a Llama-8B shape. Where they don't fit on a GPU together, the model runs
+        several times, for some of the products each, and they are on the CPU.
 
     Raises:
         MetaDeviceError: The model has no values.
