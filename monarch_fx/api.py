@@ -21,7 +21,7 @@ from monarch_fx.passes import checks, graph, rewrite
 from monarch_fx.passes.calibrate import Calibration, calibrated
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
-from monarch_fx.passes.inputs import Inputs, check_batches, inputs_of
+from monarch_fx.passes.inputs import Inputs, in_memory, inputs_of
 from monarch_fx.passes.permute import felt, find_hidden, reorder, reordered, reordered_statistics
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import check_choices, decide
@@ -30,6 +30,7 @@ from monarch_fx.records import Candidate, HiddenOrder, Plan, Report
 from monarch_fx.rewritten import note
 
 
+@torch.inference_mode(False)
 def plan(
     model: nn.Module | torch.export.ExportedProgram,
     budget: float | None = None,
@@ -87,6 +88,7 @@ def plan(
     return _make_plan(model, budget, **options)[0]
 
 
+@torch.inference_mode(False)
 def monarchify(
     model: Any,
     budget: float | None = None,
@@ -160,15 +162,16 @@ def monarchify(
             "is loaded."
         )
     if anchor is not None:
-        check_batches(anchor, "anchor")
+        given, anchor = anchor, in_memory(model, anchor, "anchor")
+        calibration = anchor if calibration is given else calibration  # an iterator can be read only once
     folder = None if work_dir is None else work_folder(work_dir)
 
     if plan is None:
         plan, known = _make_plan(model, calibration=calibration, **choices, **options)
     else:
-        if given := [name for name, value in choices.items() if value is not None]:
+        if chosen := [name for name, value in choices.items() if value is not None]:
             raise ConfigError(
-                f"A plan already says everything: don't give {', '.join(given)} as well, or edit the plan."
+                f"A plan already says everything: don't give {', '.join(chosen)} as well, or edit the plan."
             )
         checks.check_plan(model, plan)
         products = [d.candidate for d in plan.rewritten]
@@ -180,6 +183,7 @@ def monarchify(
     return _carry_out(model, plan, maker, anchor, inplace, inputs)
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],

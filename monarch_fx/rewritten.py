@@ -14,7 +14,7 @@ from monarch_fx.errors import ConfigError, MonarchError
 from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes import checks, graph, rewrite
 from monarch_fx.passes.capture import capture
-from monarch_fx.passes.inputs import check_batches, inputs_of, user_inputs
+from monarch_fx.passes.inputs import check_batches, each_inputs, inputs_of
 from monarch_fx.passes.listing import listing
 from monarch_fx.passes.losses import attention_mask, distance
 from monarch_fx.passes.modes import evaluating
@@ -71,7 +71,7 @@ def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -
         MonarchError: ``model`` was not made by ``monarchify``.
         ConfigError: There are no batches, or ``batches`` is a single one.
         NotAModuleError, WrappedModelError, PlanMismatchError: ``teacher`` is no plain module, or another architecture.
-        ExampleInputsError: A batch doesn't fit the model's forward.
+        ExampleInputsError: A model can't run on a batch.
     """
     made = report(model)
     check_batches(batches, "batches")
@@ -79,10 +79,10 @@ def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -
     device = next(model.parameters()).device
     found = []
     with evaluating(model, teacher):
-        for batch in tqdm(batches, desc="loss", unit="batch", leave=False):
-            inputs = user_inputs(model, batch).on(device)
+        for given in each_inputs(model, tqdm(batches, desc="loss", unit="batch", leave=False), "batches"):
+            inputs = given.on(device)
             with torch.no_grad():
-                output, wanted = (both(*inputs.args, **inputs.kwargs) for both in (model, teacher))
+                output, wanted = (inputs.into(both) for both in (model, teacher))
             found.append(float(distance(output, wanted, attention_mask(inputs.kwargs))))
     if not found:
         raise ConfigError("measure_loss needs batches, got none.")

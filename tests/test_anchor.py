@@ -200,7 +200,7 @@ def test_what_fails_in_a_run_is_raised_and_no_thread_stays() -> None:
     model, data = Failing(), batches()
     plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)
     before, threads = {k: v.clone() for k, v in model.state_dict().items()}, threading.active_count()
-    with pytest.raises(ArithmeticError, match="the third batch"):
+    with pytest.raises(ExampleInputsError, match=r"Failing can't run on anchor\[2\]: ArithmeticError: the third batch"):
         mfx.monarchify(model, plan=plan, anchor=data, inplace=True)
     assert threading.active_count() == threads
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -332,10 +332,18 @@ def test_what_fails_in_place_leaves_hidden_features_where_they_are(make: Callabl
     plan = mfx.plan(model, example_inputs=data[0], config=config, calibration=data[:2])
     assert plan.orders
     before, threads = {k: v.clone() for k, v in model.state_dict().items()}, threading.active_count()
-    with pytest.raises((ArithmeticError, KeyboardInterrupt)):
+    with pytest.raises((ExampleInputsError, KeyboardInterrupt)):
         mfx.monarchify(model, plan=plan, anchor=data, inplace=True)
     assert threading.active_count() == threads
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+
+
+def test_one_iterator_for_calibration_and_anchor() -> None:
+    data, options = batches(), {"budget": 0.5, "config": CONFIG}
+    both = iter(data)
+    once = mfx.monarchify(mlp(), calibration=both, anchor=both, **options)
+    lists = mfx.monarchify(mlp(), calibration=data, anchor=data, **options)
+    torch.testing.assert_close(once.state_dict(), lists.state_dict(), rtol=0, atol=0)
 
 
 def test_bad_anchors_are_refused() -> None:
@@ -349,14 +357,15 @@ def test_bad_anchors_are_refused() -> None:
     cases: list[tuple[Any, type[Exception], str]] = [
         (data[0], ConfigError, "single batch into a list"),
         ([], ConfigError, "anchor has no batches"),
-        ([(data[0], data[0])], ExampleInputsError, "don't fit"),
+        ([(data[0], data[0])], ExampleInputsError, r"anchor\[0\] \(Tensor, Tensor\) can't be passed"),
         ([data[0] * float("nan")], ConfigError, "NaN or infinity"),
     ]
     for anchor, error, message in cases:
         with pytest.raises(error, match=message):
             mfx.monarchify(model, plan=plan, anchor=anchor)
-    with pytest.raises(ConfigError, match="can't be read again"):
-        mfx.monarchify(model, 0.5, config=CONFIG, calibration=stream, anchor=stream)
+    list(stream)
+    with pytest.raises(ConfigError, match="anchor has no batches; an iterator that was read already"):
+        mfx.monarchify(model, plan=plan, anchor=stream)
     with pytest.raises(ConfigError, match="calibration and anchor are for"):
         mfx.monarchify(model, plan=plan, anchor=data, init="random")
     program = torch.export.export(model, (data[0],))

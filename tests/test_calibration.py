@@ -258,13 +258,32 @@ def test_a_product_that_no_batch_reaches_is_projected_plainly(model: nn.Module) 
     assert not mfx.report(unseen).calibrated
 
 
+@pytest.mark.parametrize("made", ["outside", "inside"])
+def test_under_inference_mode(model: nn.Module, batches: list[torch.Tensor], made: str) -> None:
+    """The rewritten model can be trained nevertheless, and what the loss feels is known, also of batches made there."""
+    wanted = mfx.monarchify(model, example_inputs=batches[0], calibration=batches, **HALF)
+    with torch.inference_mode():
+        data = [batch.clone() for batch in batches] if made == "inside" else batches
+        ours = mfx.monarchify(model, example_inputs=data[0], calibration=data, **HALF)
+    torch.testing.assert_close(ours.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+    assert mfx.report(ours).loss == mfx.report(wanted).loss
+    ours(batches[0]).sum().backward()
+    with torch.inference_mode():
+        mfx.recover(ours, model, data, steps=2)
+
+
 def test_refusals(model: nn.Module, batches: list[torch.Tensor]) -> None:
     with pytest.raises(ConfigError, match=r"iterable of batches.*got a Tensor.*into a list"):
         mfx.plan(model, example_inputs=batches[0], calibration=batches[0], **HALF)
     with pytest.raises(ConfigError, match="has no batches"):
         mfx.plan(model, example_inputs=batches[0], calibration=[], **HALF)
-    with pytest.raises(ExampleInputsError, match=r"don't fit Mixed\.forward"):
-        mfx.plan(model, example_inputs=batches[0], calibration=[{"y": batches[0]}], **HALF)
+    with pytest.raises(ExampleInputsError, match=r"calibration\[1\] \(y\) can't be passed to Mixed\.forward"):
+        mfx.plan(model, example_inputs=batches[0], calibration=[batches[0], {"y": batches[0]}], **HALF)
+    for wrong in (batches[0][..., 1:], batches[0].double()):
+        with pytest.raises(ExampleInputsError, match=r"Mixed can't run on calibration\[0\]: RuntimeError: "):
+            mfx.plan(model, example_inputs=batches[0], calibration=[wrong], **HALF)
+    with pytest.raises(ConfigError, match=r"calibration is an iterable of batches.*got a str"):
+        mfx.plan(model, example_inputs=batches[0], calibration="seen.safetensors", **HALF)
     with pytest.raises(ConfigError, match="calibration and anchor are for init="):
         mfx.monarchify(model, example_inputs=batches[0], calibration=batches, init="random", **HALF)
     with pytest.raises(MetaDeviceError, match="can't run calibration batches"):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import monarch_fx as mfx
-from monarch_fx.errors import ConfigError, MonarchError, PlanMismatchError, WrappedModelError
+from monarch_fx.errors import ConfigError, ExampleInputsError, MonarchError, PlanMismatchError, WrappedModelError
 
 
 class Model(nn.Module):
@@ -265,6 +265,12 @@ def test_refusals(tmp_path: Path) -> None:
         mfx.recover(model, teacher, batches, steps=1, checkpoint=tmp_path / "none" / "recovery.pt")
     with pytest.raises(PlanMismatchError, match="The teacher, a Linear, has another architecture"):
         mfx.measure_loss(model, nn.Linear(3, 4), batches)
+    with pytest.raises(PlanMismatchError, match="it is rewritten itself: give the dense model"):
+        mfx.measure_loss(model, model, batches)
+    with pytest.raises(ConfigError, match="The teacher, a Model, is on meta, the model on cpu: move one"):
+        mfx.measure_loss(model, copy.deepcopy(teacher).to("meta"), batches)
+    with pytest.raises(ExampleInputsError, match=r"Model can't run on batches\[0\]: RuntimeError"):
+        mfx.measure_loss(model, teacher, [batches[0][..., 1:]])
     with pytest.raises(WrappedModelError, match="_orig_mod"):
         mfx.recover(model, torch.compile(teacher), batches, steps=1)
     file = tmp_path / "other.pt"

@@ -100,7 +100,7 @@ class Run:
         _HERE.run = self
         try:
             with self._surroundings.here():
-                self.model(*self.inputs.args, **self.inputs.kwargs)
+                self.inputs.into(self.model)
         except _CancelledError:
             pass
         except BaseException as error:

@@ -21,7 +21,7 @@ from monarch_fx.layers import MonarchWeight
 from monarch_fx.layers.match import Match
 from monarch_fx.passes.abreast import Run, side_by_side, this_run
 from monarch_fx.passes.calibrate import add_products, observed
-from monarch_fx.passes.inputs import check_batches, user_inputs
+from monarch_fx.passes.inputs import each_inputs
 from monarch_fx.passes.losses import counted
 from monarch_fx.passes.modes import evaluated
 from monarch_fx.passes.rewrite import copy_with
@@ -69,14 +69,11 @@ def compress_in_order(
         batches: Real inputs, all of them kept on the model's device, with what the model has computed of them so far.
 
     Raises:
-        ConfigError: ``batches`` is a single batch, or empty, or gives a product NaN or infinite values.
-        ExampleInputsError: A batch doesn't fit the model's forward.
+        ConfigError: ``batches`` give a product NaN or infinite values.
+        ExampleInputsError: The model can't run on a batch.
     """
-    check_batches(batches, "anchor")
     device = next(model.parameters()).device
-    inputs = [user_inputs(model, batch).on(device) for batch in batches]
-    if not inputs:
-        raise ConfigError("anchor has no batches: an iterator that calibration has read already can't be read again.")
+    inputs = [given.on(device) for given in each_inputs(model, batches, "anchor")]
     plain = {c.name: c for c in candidates if c.batch == 1}
     changes: dict[str, Tensor] = {}
     twins: set[Run] = set()

@@ -26,7 +26,7 @@ from monarch_fx import files
 from monarch_fx.errors import ConfigError, MonarchWarning
 from monarch_fx.layers.match import Match
 from monarch_fx.passes import checks, rewrite
-from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
+from monarch_fx.passes.inputs import Inputs, check_batches, each_inputs
 from monarch_fx.passes.losses import attention_mask, counted, loss_gradient
 from monarch_fx.passes.modes import evaluated
 from monarch_fx.records import Candidate
@@ -193,7 +193,7 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
     Raises:
         ConfigError: ``batches`` is a single batch, or empty, or gives a product NaN or infinite values; or the
             statistics are larger than the machine's memory.
-        ExampleInputsError: A batch doesn't fit the model's forward.
+        ExampleInputsError: The model can't run on a batch.
     """
     check_batches(batches, "calibration")
     device = next(model.parameters()).device
@@ -260,8 +260,8 @@ def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[An
     twin = evaluated(observed(model, candidates, sums.observe)).requires_grad_(False)
     draw = torch.Generator(device).manual_seed(0)  # the same plan every time, and the user's own generator left alone
     first = True
-    for batch in tqdm(batches, desc=title, unit="batch", leave=False):
-        inputs = user_inputs(model, batch).on(device)
+    for given in each_inputs(model, tqdm(batches, desc=title, unit="batch", leave=False), "calibration"):
+        inputs, failed = given.on(device), None
         sums.mask = attention_mask(inputs.kwargs)
         if sums.anchor is not None:
             try:
@@ -269,17 +269,19 @@ def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[An
             except RuntimeError as error:
                 if not first or isinstance(error, torch.OutOfMemoryError):
                     raise
-                warnings.warn(
-                    f"{type(model).__name__} can't be differentiated on the calibration data: {error}. The plan goes "
-                    "by the errors of the products' outputs, not by what the model's loss feels of them.",
-                    MonarchWarning,
-                    stacklevel=4,
-                )
+                failed = error.__cause__ or error
                 sums.clear()
                 sums.anchor = sums.loss = None
         if sums.anchor is None:
             with torch.no_grad():
-                twin(*inputs.args, **inputs.kwargs)
+                inputs.into(twin)
+        if failed is not None:  # and not because the model can't run on the batch at all
+            warnings.warn(
+                f"{type(model).__name__} can't be differentiated on the calibration data: {failed}. The plan goes by "
+                "the errors of the products' outputs, not by what the model's loss feels of them.",
+                MonarchWarning,
+                stacklevel=5,
+            )
         first = False
     if first:
         raise ConfigError("calibration has no batches.")
@@ -303,7 +305,7 @@ def calibrated(model: nn.Module, candidates: Sequence[Candidate], data: Calibrat
 
 def _forward_and_backward(twin: nn.Module, inputs: Inputs, sums: _Sums, draw: torch.Generator) -> None:
     with torch.enable_grad():
-        output = twin(*inputs.args, **inputs.kwargs)
+        output = inputs.into(twin)
     tensor, gradient, sums.loss = loss_gradient(output, sums.mask, draw)
     tensor.backward(gradient)
     sums.tokens += int(gradient.any(-1).sum())

@@ -25,9 +25,9 @@ from torch.export.graph_signature import InputKind
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from monarch_fx.errors import CaptureError, ExampleInputsError
+from monarch_fx.errors import CaptureError
 from monarch_fx.layers.attention import multi_head_attention
-from monarch_fx.passes.inputs import Inputs
+from monarch_fx.passes.inputs import Inputs, first_line
 from monarch_fx.passes.modes import evaluating
 from monarch_fx.rules import op_name
 
@@ -78,20 +78,11 @@ def capture(model: nn.Module, inputs: Inputs | None) -> Captured:
             try:
                 return front_end(model, inputs)
             except Exception as error:  # a front end fails in its own ways; the next one is tried
-                failures.append(f"{front_end.__name__[1:]}: {_first_line(error)}")
+                failures.append(f"{front_end.__name__[1:]}: {first_line(error)}")
         if not inputs.given:
             return _known_layers(model, "its own dummy inputs could not be captured")
-        try:
-            model(*inputs.args, **inputs.kwargs)
-        except Exception as error:
-            raise ExampleInputsError(
-                f"{type(model).__name__} can't run on example_inputs: {type(error).__name__}: {_first_line(error)}"
-            ) from error
+        inputs.into(model)
     raise CaptureError(f"No graph of {type(model).__name__} could be captured. " + "; ".join(failures))
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def value_of(node: Any) -> Any:

@@ -17,6 +17,7 @@ from monarch_fx.errors import (
     WeightError,
     WrappedModelError,
 )
+from monarch_fx.layers import MonarchWeight
 from monarch_fx.passes.candidates import tied_names
 from monarch_fx.records import Candidate, Plan
 
@@ -61,16 +62,28 @@ def check_unwrapped(model: Any) -> None:
 
 
 def check_teacher(teacher: Any, model: nn.Module, plan: Plan) -> None:
-    """Whether ``teacher`` is of the architecture that ``model`` was made from by ``plan``.
+    """Whether ``teacher`` is of the architecture that ``model`` was made from by ``plan``, and where ``model`` is.
 
     Raises:
         NotAModuleError, WrappedModelError: As ``check_model``.
-        PlanMismatchError: It is not.
+        PlanMismatchError: It is of another architecture.
+        ConfigError: It is on another device.
     """
     if fingerprint(check_model(teacher)) != plan.fingerprint:
+        rewritten = any(isinstance(module, MonarchWeight) for module in teacher.modules())
+        why = (
+            "it is rewritten itself: give the dense model"
+            if rewritten
+            else "names, shapes or ties of parameters differ"
+        )
         raise PlanMismatchError(
             f"The teacher, a {type(teacher).__name__}, has another architecture than the model that this "
-            f"{type(model).__name__} was made from: names, shapes or ties of parameters differ."
+            f"{type(model).__name__} was made from; {why}."
+        )
+    there, here = (next(both.parameters()).device for both in (teacher, model))
+    if there != here:
+        raise ConfigError(
+            f"The teacher, a {type(teacher).__name__}, is on {there}, the model on {here}: move one to the other."
         )
 
 
@@ -96,8 +109,9 @@ def check_weights(model: nn.Module, candidates: Sequence[Candidate], *, values: 
             continue
         if parameter.is_meta:
             raise MetaDeviceError(f"The weight {name!r} is on the meta device and has no values: load the model first.")
-        if not torch.isfinite(parameter).all():
-            bad = int((~torch.isfinite(parameter)).sum())
+        finite = torch.isfinite(parameter.detach())
+        if not finite.all():
+            bad = int((~finite).sum())
             raise WeightError(
                 f"The weight {name!r} holds {bad} NaN or infinite values of {parameter.numel()}: mend or exclude it."
             )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,35 +12,54 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from monarch_fx.errors import ConfigError, ExampleInputsError
+from monarch_fx.errors import ConfigError, ExampleInputsError, MonarchError
 
 
 @dataclass(frozen=True)
 class Inputs:
     """Positional and keyword arguments of a model's forward.
 
-    ``given`` tells whether they are the user's: only then do their sizes say how many tokens a run has.
+    ``given`` tells whether they are the user's: only then do their sizes say how many tokens a run has. ``name`` is
+    what messages call them.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     given: bool
+    name: str = "example_inputs"
 
     def on(self, device: torch.device | None) -> Inputs:
-        """The same on another device; tensors that are there already stay."""
+        """The same on another device, as tensors that autograd can use; those that are there already stay."""
         if device is None:
             return self
-
-        def move(leaf: Any) -> Any:
-            return leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf
-
-        args, kwargs = pytree.tree_map(move, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.given)
+        return self._each(lambda tensor: (tensor.clone() if tensor.is_inference() else tensor).to(device))
 
     def cloned(self) -> Inputs:
         """A copy for a model that may write into its inputs."""
-        args, kwargs = pytree.tree_map_only(torch.Tensor, torch.clone, (self.args, self.kwargs))
-        return Inputs(args, kwargs, self.given)
+        return self._each(torch.clone)
+
+    def into(self, model: nn.Module) -> Any:
+        """What the model returns for them.
+
+        Raises:
+            ExampleInputsError: It can't run on them.
+        """
+        try:
+            return model(*self.args, **self.kwargs)
+        except (MonarchError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ExampleInputsError(
+                f"{type(model).__name__} can't run on {self.name}: {type(error).__name__}: {first_line(error)}"
+            ) from error
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, change, (self.args, self.kwargs))
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs | None:
@@ -51,7 +71,7 @@ def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs | None:
     return own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
 
 
-def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
+def user_inputs(model: nn.Module, example_inputs: Any, name: str = "example_inputs") -> Inputs:
     """A tensor, a tuple or list of arguments, or a mapping of keyword arguments (``BatchEncoding`` too).
 
     Raises:
@@ -67,8 +87,8 @@ def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
         args = tuple(example_inputs)
     else:
         raise ExampleInputsError(
-            f"example_inputs is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, or "
-            "a dict of keyword arguments."
+            f"{name} is a {type(example_inputs).__name__}; give a tensor, a tuple of positional arguments, or a dict "
+            "of keyword arguments."
         )
     signature = inspect.signature(model.forward)
     try:
@@ -76,9 +96,20 @@ def user_inputs(model: nn.Module, example_inputs: Any) -> Inputs:
     except TypeError as error:
         given = ", ".join([type(a).__name__ for a in args] + list(kwargs))
         raise ExampleInputsError(
-            f"example_inputs ({given}) don't fit {type(model).__name__}.forward{signature}: {error}."
+            f"{name} ({given}) can't be passed to {type(model).__name__}.forward{signature}: {error}. A tuple or list "
+            "holds positional arguments, a dict keyword arguments; leave labels out."
         ) from error
-    return Inputs(args, _without_cache(model, kwargs, len(args)), given=True)
+    return Inputs(args, _without_cache(model, kwargs, len(args)), True, name)
+
+
+def each_inputs(model: nn.Module, batches: Iterable[Any], name: str) -> Iterator[Inputs]:
+    """Of every batch of ``batches``, the argument ``name``.
+
+    Raises:
+        ExampleInputsError: One can't be bound to the model's forward.
+    """
+    for i, batch in enumerate(batches):
+        yield user_inputs(model, batch, f"{name}[{i}]")
 
 
 def check_batches(batches: Any, name: str) -> None:
@@ -87,11 +118,27 @@ def check_batches(batches: Any, name: str) -> None:
     Raises:
         ConfigError: They are a single one.
     """
-    if isinstance(batches, (torch.Tensor, Mapping)) or not isinstance(batches, Iterable):
+    if isinstance(batches, (torch.Tensor, Mapping, str)) or not isinstance(batches, Iterable):
         raise ConfigError(
             f"{name} is an iterable of batches, such as a list or a DataLoader; got a {type(batches).__name__}. "
             "Put a single batch into a list."
         )
+
+
+def in_memory(model: nn.Module, batches: Any, name: str) -> list[Any]:
+    """All of ``batches``, the argument ``name``.
+
+    Raises:
+        ConfigError: They are a single one, or there are none.
+        ExampleInputsError: One can't be bound to the model's forward.
+    """
+    check_batches(batches, name)
+    batches = list(batches)
+    if not batches:
+        raise ConfigError(f"{name} has no batches; an iterator that was read already gives none again.")
+    for _ in each_inputs(model, batches, name):
+        pass
+    return batches
 
 
 def own_inputs(model: nn.Module) -> Inputs | None:

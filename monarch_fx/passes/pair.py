@@ -42,14 +42,18 @@ class Pair:
     def run(self, inputs: Inputs, compare: Compare) -> None:
         """Runs both, the dense one without gradients, and tells ``compare`` of every product of the rewritten weights,
         those of their pieces that stayed dense too, in the order in which they are computed. Experts are left out: the
-        two models may send them other tokens."""
+        two models may send them other tokens.
+
+        Raises:
+            ExampleInputsError: A model can't run on the inputs.
+        """
         self._heard = defaultdict(list)
         for name, mine in self._jobs.items():
             self.weights[name].observer = functools.partial(self._compare, mine, compare)
         try:
             with torch.no_grad():
-                self.teacher(*inputs.args, **inputs.kwargs)
-            self.model(*inputs.args, **inputs.kwargs)
+                inputs.into(self.teacher)
+            inputs.into(self.model)
         finally:
             self._heard = None
             for weight in self.weights.values():

@@ -40,12 +40,14 @@ def build_weight(parameter: torch.Tensor, decisions: Sequence[Decision], make: M
 
 
 def dense_weight(parameter: torch.Tensor, views: Sequence[MatrixView]) -> MonarchWeight:
-    """The module that stands for ``parameter`` with every piece dense; values are shared where views allow it."""
+    """The module that stands for ``parameter`` with every piece dense, for reading; values are shared where views allow
+    it."""
     free = torch.ones(parameter.shape, dtype=torch.bool, device=parameter.device)
     for view in views:
         view.scatter(free, torch.zeros(view.numel, dtype=torch.bool, device=parameter.device))
     rest = parameter.detach()[free] if bool(free.any()) else None
-    return MonarchWeight(parameter.shape, [(view, view.gather(parameter)) for view in views], rest)
+    pieces = [(view, view.gather(parameter)) for view in views]
+    return MonarchWeight(parameter.shape, pieces, rest, requires_grad=False)
 
 
 def install(model: nn.Module, name: str, weight: MonarchWeight) -> None:

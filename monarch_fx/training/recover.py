@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from monarch_fx import rewritten
 from monarch_fx.errors import ConfigError
 from monarch_fx.passes import checks
-from monarch_fx.passes.inputs import Inputs, check_batches, user_inputs
+from monarch_fx.passes.inputs import Inputs, check_batches, each_inputs
 from monarch_fx.passes.losses import attention_mask, counted, distance, relative_error
 from monarch_fx.passes.modes import evaluating
 from monarch_fx.passes.pair import Pair
@@ -36,6 +36,7 @@ LOOKS = 4  # at the held-out batches
 SAVED_EVERY_S = 60.0
 
 
+@torch.inference_mode(False)
 def recover(
     model: nn.Module,
     teacher: nn.Module,
@@ -72,7 +73,7 @@ def recover(
             batches, or the checkpoint is that of another model or in a folder that doesn't exist.
         PlanMismatchError: ``teacher`` is of another architecture.
         NotAModuleError, WrappedModelError: ``teacher`` is no plain module.
-        ExampleInputsError: A batch doesn't fit the model's forward.
+        ExampleInputsError: A model can't run on a batch.
     """
     report = rewritten.report(model)
     _check_arguments(minutes, steps, lr)
@@ -82,7 +83,7 @@ def recover(
     if path is not None and not path.parent.is_dir():
         raise ConfigError(f"checkpoint={str(checkpoint)!r} lies in a folder that doesn't exist: make it first.")
     device = next(model.parameters()).device
-    inputs = [user_inputs(model, batch).on(device) for batch in batches]
+    inputs = [given.on(device) for given in each_inputs(model, batches, "batches")]
     if len(inputs) < 2:
         raise ConfigError(f"recover needs two batches or more, of which one is held out; got {len(inputs)}.")
     run = _Run(_Distances(model, teacher), inputs, steps, minutes, lr)
@@ -120,8 +121,8 @@ class _Distances:
 
     def of_outputs(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
-            wanted = self.pair.teacher(*inputs.args, **inputs.kwargs)
-        return distance(self.pair.model(*inputs.args, **inputs.kwargs), wanted, attention_mask(inputs.kwargs))
+            wanted = inputs.into(self.pair.teacher)
+        return distance(inputs.into(self.pair.model), wanted, attention_mask(inputs.kwargs))
 
     def of_products(self, inputs: Inputs) -> Tensor:
         """Sum of the relative squared errors of the products' outputs; each depends on its own factors alone."""
