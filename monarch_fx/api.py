@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Iterable, Sequence
@@ -148,12 +149,10 @@ def monarchify(
     if not (calibration is None and anchor is None):
         checks.check_runs(model)
     choices: dict[str, Any] = {"budget": budget, "include": include, "exclude": exclude, "tokens": tokens}
-    choices["config"] = config
-    options: dict[str, Any] = {"example_inputs": example_inputs, "workload": workload, "objective": objective}
-    options |= {"device": device, "strict": strict}
+    choices |= {"workload": workload, "objective": objective, "device": device, "config": config, "strict": strict}
     if isinstance(model, torch.export.ExportedProgram):
-        options |= {"plan": plan, "init": init, "work_dir": work_dir}
-        rewritten = monarchify(graph.program_module(model), inplace=True, **choices, **options)
+        others: dict[str, Any] = {"plan": plan, "example_inputs": example_inputs, "init": init, "work_dir": work_dir}
+        rewritten = monarchify(graph.program_module(model), inplace=True, **choices, **others)
         return graph.export_again(model, rewritten)
     model = checks.check_model(model)
     if checks.on_meta(model):
@@ -167,9 +166,11 @@ def monarchify(
     folder = None if work_dir is None else work_folder(work_dir)
 
     if plan is None:
-        plan, known = _make_plan(model, calibration=calibration, **choices, **options)
+        plan, known = _make_plan(model, example_inputs=example_inputs, calibration=calibration, **choices)
     else:
-        if chosen := [name for name, value in choices.items() if value is not None]:
+        defaults = inspect.signature(monarchify).parameters
+        chosen = [name for name, value in choices.items() if value != defaults[name].default]
+        if chosen:
             raise ConfigError(
                 f"A plan already says everything: don't give {', '.join(chosen)} as well, or edit the plan."
             )
@@ -211,6 +212,7 @@ def calibrate(
     checks.check_runs(model)
     captured = capture(model, inputs_of(model, example_inputs))
     candidates, _ = select(*find_candidates(captured, model), model, include, exclude)
+    checks.check_weights(model, candidates, values=True)
     return calibrated(model, candidates, batches)
 
 

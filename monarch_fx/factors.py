@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,14 +33,11 @@ def work_folder(work_dir: str | os.PathLike[str]) -> Path:
     folder = Path(work_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"work_dir={str(folder)!r} is a file or inside one: give a folder.") from error
     except OSError as error:
-        raise ConfigError(
-            f"work_dir={str(folder)!r} can't be written to ({error.strerror}): give a folder that may be."
-        ) from error
+        raise ConfigError(f"work_dir={str(folder)!r} can't be made ({error.strerror}): give another folder.") from error
+    files.check_folder(folder, f"work_dir={str(folder)!r}")
     return folder
 
 

@@ -1,9 +1,10 @@
-"""Tensors -> a safetensors file, whole or not at all."""
+"""What is written to disk: safetensors files, whole or not at all, in folders that may be written to."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from monarch_fx.errors import ConfigError
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Whether files can be written to a folder that exists, which messages call ``name``.
+
+    Raises:
+        ConfigError: They can't.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{name} can't be written to ({error.strerror}): give a folder that may be.") from error
 
 
 def write(path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:

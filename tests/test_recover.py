@@ -232,6 +232,15 @@ def test_hidden_tokens_teach_nothing() -> None:
     torch.testing.assert_close(models[0], models[1])
 
 
+def test_divergences_are_not_negative() -> None:
+    """Where logits differ by rounding alone sums of terms of both signs could fall on either side."""
+    teacher, batches = Model(vocabulary=32), texts()
+    exact = mfx.monarchify(teacher, config=mfx.MonarchConfig(nblocks=1, rank=32), example_inputs=batches[0])
+    found = [mfx.measure_loss(exact, teacher, [batch]) for batch in batches]
+    assert min(found) >= 0
+    assert max(found) < 32 * torch.finfo(torch.float32).eps
+
+
 def test_a_single_step_is_one() -> None:
     torch.manual_seed(7)
     teacher, batches = Model(), texts()
@@ -263,6 +272,9 @@ def test_refusals(tmp_path: Path) -> None:
         mfx.recover(model, nn.Linear(3, 4), batches, steps=1)
     with pytest.raises(ConfigError, match="lies in a folder that doesn't exist"):
         mfx.recover(model, teacher, batches, steps=1, checkpoint=tmp_path / "none" / "recovery.pt")
+    if sys.platform == "linux":  # where not even an administrator writes to /proc
+        with pytest.raises(ConfigError, match=r"folder of checkpoint='/proc/recovery.pt' can't be written to"):
+            mfx.recover(model, teacher, batches, steps=1, checkpoint="/proc/recovery.pt")
     with pytest.raises(PlanMismatchError, match="The teacher, a Linear, has another architecture"):
         mfx.measure_loss(model, nn.Linear(3, 4), batches)
     with pytest.raises(PlanMismatchError, match="it is rewritten itself: give the dense model"):

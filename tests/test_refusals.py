@@ -68,6 +68,8 @@ def test_weights_that_are_no_numbers(value: float) -> None:
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(errors.WeightError, match=r"2\.weight.* 1 NaN or infinite"):
         mfx.monarchify(model, config=HALF_GRID, inplace=True)
+    with pytest.raises(errors.WeightError, match=r"2\.weight.* 1 NaN or infinite"):
+        mfx.calibrate(model, [torch.randn(3, 64)])
     after = model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if name != "2.weight")
 
@@ -104,6 +106,10 @@ def test_plan_for_another_architecture() -> None:
         mfx.Plan.from_json("[1, 2]")
     with pytest.raises(errors.ConfigError, match="budget"):
         mfx.monarchify(mlp(), budget=0.5, plan=plan)
+    with pytest.raises(errors.ConfigError, match="don't give workload, objective, device as well"):
+        mfx.monarchify(mlp(), plan=plan, workload="training", objective="latency", device="h100")
+    with pytest.raises(errors.PlanMismatchError, match=r"plan is a str: give a Plan; Plan\.from_json"):
+        mfx.monarchify(mlp(), plan=plan.to_json())
 
 
 def test_half_on_meta() -> None:

@@ -157,12 +157,16 @@ def fingerprint(model: nn.Module) -> str:
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()[:16]
 
 
-def check_plan(model: nn.Module, plan: Plan) -> None:
+def check_plan(model: nn.Module, plan: Any) -> None:
     """Whether ``plan`` was made for this architecture.
 
     Raises:
-        PlanMismatchError: It was not; names what differs.
+        PlanMismatchError: It was not; names what differs. Or it is no plan.
     """
+    if not isinstance(plan, Plan):
+        raise PlanMismatchError(
+            f"plan is a {type(plan).__name__}: give a Plan; Plan.from_json(text) reads a saved one."
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for decision in plan.decisions:
         candidate = decision.candidate

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from monarch_fx import rewritten
+from monarch_fx import files, rewritten
 from monarch_fx.errors import ConfigError
 from monarch_fx.passes import checks
 from monarch_fx.passes.inputs import Inputs, check_batches, each_inputs
@@ -70,7 +70,7 @@ def recover(
     Raises:
         MonarchError: ``model`` was not made by ``monarchify``.
         ConfigError: Not exactly one of ``minutes`` and ``steps`` is given, a value has no meaning, there are too few
-            batches, or the checkpoint is that of another model or in a folder that doesn't exist.
+            batches, or the checkpoint is that of another model or in a folder that can't be written to.
         PlanMismatchError: ``teacher`` is of another architecture.
         NotAModuleError, WrappedModelError: ``teacher`` is no plain module.
         ExampleInputsError: A model can't run on a batch.
@@ -80,8 +80,10 @@ def recover(
     check_batches(batches, "batches")
     checks.check_teacher(teacher, model, report.plan)
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None and not path.parent.is_dir():
-        raise ConfigError(f"checkpoint={str(checkpoint)!r} lies in a folder that doesn't exist: make it first.")
+    if path is not None:
+        if not path.parent.is_dir():
+            raise ConfigError(f"checkpoint={str(checkpoint)!r} lies in a folder that doesn't exist: make it first.")
+        files.check_folder(path.parent, f"The folder of checkpoint={str(checkpoint)!r}")
     device = next(model.parameters()).device
     inputs = [given.on(device) for given in each_inputs(model, batches, "batches")]
     if len(inputs) < 2:
