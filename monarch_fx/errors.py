@@ -29,6 +29,10 @@ class ExampleInputsError(CaptureError):
     """The example inputs don't fit the model's forward."""
 
 
+class OutputError(MonarchError, RuntimeError):
+    """A model's output has no tensor that a loss could be taken of."""
+
+
 class NoEligibleProductError(MonarchError, ValueError):
     """The model has no matrix product that may be rewritten."""
 

@@ -71,7 +71,7 @@ def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -
         MonarchError: ``model`` was not made by ``monarchify``.
         ConfigError: There are no batches, or ``batches`` is a single one.
         NotAModuleError, WrappedModelError, PlanMismatchError: ``teacher`` is no plain module, or another architecture.
-        ExampleInputsError: A model can't run on a batch.
+        ExampleInputsError, OutputError: A model can't run on a batch, or returns no floating-point tensor.
     """
     made = report(model)
     check_batches(batches, "batches")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -117,6 +118,15 @@ def test_half_on_meta() -> None:
     model[0].to("meta")
     with pytest.raises(errors.MetaDeviceError, match=r"0\.weight"):
         mfx.monarchify(model, config=HALF_GRID)
+
+
+def test_models_that_cannot_be_copied() -> None:
+    model, x = mlp(), torch.randn(3, 64)
+    model[0].lock = threading.Lock()
+    for options in ({}, {"calibration": [x], "inplace": True}, {"anchor": [x], "inplace": True}):
+        with pytest.raises(errors.MonarchError, match=r"can't be copied .*lock.* a __deepcopy__ .* needs no copy"):
+            mfx.monarchify(model, config=HALF_GRID, example_inputs=x, **options)
+    assert mfx.monarchify(model, config=HALF_GRID, example_inputs=x, inplace=True) is model
 
 
 def test_a_failure_leaves_the_argument_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -277,8 +277,8 @@ def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[An
                 inputs.into(twin)
         if failed is not None:  # and not because the model can't run on the batch at all
             warnings.warn(
-                f"{type(model).__name__} can't be differentiated on the calibration data: {failed}. The plan goes by "
-                "the errors of the products' outputs, not by what the model's loss feels of them.",
+                f"{type(model).__name__} can't be differentiated on the calibration data, so that the plan goes by the "
+                f"errors of the products' outputs, not by what the model's loss feels of them: {failed}",
                 MonarchWarning,
                 stacklevel=5,
             )

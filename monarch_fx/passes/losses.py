@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,28 +11,30 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from monarch_fx.errors import OutputError
+
 CROSS_ENTROPY = "the cross-entropy of its logits"
 OUTPUT_ERROR = "half the relative squared error of its output"
 
 
-class NotDifferentiableError(RuntimeError):
-    """The output has no tensor that gradients could start from."""
-
-
 def main_tensor(output: Any) -> tuple[Tensor, bool]:
     """What a loss is taken of, and whether it is logits: ``output.logits``, or the first floating-point tensor that is
-    no single number.
+    no single number, in a tensor, a container or a dataclass.
 
     Raises:
-        NotDifferentiableError: The output has none.
+        OutputError: The output has none.
     """
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim in (2, 3) and logits.shape[-1] > 1:
         return logits, True
-    floats = [x for x in pytree.tree_leaves(output) if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
+    leaves = pytree.tree_leaves(output)
+    if dataclasses.is_dataclass(output) and any(leaf is output for leaf in leaves):  # PyTorch doesn't look into it
+        leaves = pytree.tree_leaves(vars(output))
+    floats = [x for x in leaves if isinstance(x, Tensor) and x.is_floating_point() and x.ndim]
     if not floats:
-        raise NotDifferentiableError(
-            f"its output, a {type(output).__name__}, has no floating-point tensor with dimensions"
+        raise OutputError(
+            f"The model's output, a {type(output).__name__}, has no floating-point tensor with dimensions: let forward "
+            "return one, alone or in a tuple, a dict or a dataclass."
         )
     return floats[0], False
 
@@ -41,7 +44,7 @@ def distance(output: Any, wanted: Any, mask: Tensor | None) -> Tensor:
     relative squared error of its first floating-point tensor; differentiable in ``output``.
 
     Raises:
-        NotDifferentiableError: An output has no floating-point tensor.
+        OutputError: An output has no floating-point tensor with dimensions.
     """
     (tensor, categorical), (target, _) = main_tensor(output), main_tensor(wanted)
     rows, targets = (counted(t, mask).float() for t in (tensor, target.detach()))
@@ -88,11 +91,11 @@ def loss_gradient(output: Any, mask: Tensor | None, draw: torch.Generator) -> tu
         mean; and a description.
 
     Raises:
-        NotDifferentiableError: The output has no floating-point tensor, or it doesn't depend on any product.
+        OutputError: The output has no floating-point tensor with dimensions, or it doesn't depend on any product.
     """
     tensor, categorical = main_tensor(output)
     if not tensor.requires_grad:
-        raise NotDifferentiableError("its output doesn't depend on any product in a differentiable way")
+        raise OutputError("The model's output doesn't depend on any product in a differentiable way.")
     values = tensor.detach().float()
     rows = values.reshape(-1, values.shape[-1])
     counts = torch.ones(len(rows), dtype=torch.bool, device=rows.device)

@@ -81,8 +81,8 @@ def copy_with(model: nn.Module, others: dict[int, Any]) -> nn.Module:
             return copy.deepcopy(model, others)
     except Exception as error:
         raise MonarchError(
-            f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): pass inplace=True to rewrite "
-            "it where it is."
+            f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}): give its class a __deepcopy__ "
+            "that leaves that out; monarchify(inplace=True) without calibration and anchor needs no copy."
         ) from error
 
 

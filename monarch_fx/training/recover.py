@@ -73,7 +73,7 @@ def recover(
             batches, or the checkpoint is that of another model or in a folder that can't be written to.
         PlanMismatchError: ``teacher`` is of another architecture.
         NotAModuleError, WrappedModelError: ``teacher`` is no plain module.
-        ExampleInputsError: A model can't run on a batch.
+        ExampleInputsError, OutputError: A model can't run on a batch, or returns no floating-point tensor.
     """
     report = rewritten.report(model)
     _check_arguments(minutes, steps, lr)
