@@ -156,13 +156,14 @@ class _Sums:
         self.tokens = 0
 
     def statistics(self) -> dict[str, Statistics]:
+        """The means, which take the place of the sums."""
         found = {}
         for name, count in self.counts.items():
             gradients = self.gradients.get(name)
             if gradients is not None:
-                gradients = gradients / self.tokens if gradients.any() else None
+                gradients = gradients.div_(self.tokens) if gradients.any() else None
             if count:
-                found[name] = Statistics(self.inputs[name] / count, gradients)
+                found[name] = Statistics(self.inputs[name].div_(count), gradients)
         return found
 
 
