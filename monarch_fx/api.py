@@ -22,7 +22,7 @@ from monarch_fx.passes import checks, graph, rewrite
 from monarch_fx.passes.calibrate import Calibration, calibrated
 from monarch_fx.passes.candidates import find_candidates
 from monarch_fx.passes.capture import capture
-from monarch_fx.passes.inputs import Inputs, in_memory, inputs_of
+from monarch_fx.passes.inputs import Inputs, in_memory, inputs_of, with_first_batch
 from monarch_fx.passes.permute import felt, find_hidden, reorder, reordered, reordered_statistics
 from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import check_choices, decide
@@ -55,7 +55,7 @@ def plan(
         budget: Share of the eligible products' parameters that may be kept, in (0, 1], or of their dense time. May be
             left out where ``config`` forces a grid.
         example_inputs: A tensor, a tuple of positional or a mapping of keyword arguments of ``forward``. Without them
-            the model's own dummy inputs give the graph, where it has any.
+            the model's own dummy inputs give the graph, where it has any, else the first batch of ``calibration``.
         include: Which products may be rewritten: a glob on the name of a weight or its layer, a compiled regex, a
             callable ``(name, owner) -> bool``, or a list of these. Default: all but output heads and embeddings.
         exclude: Which products stay dense; wins over ``include``.
@@ -163,6 +163,8 @@ def monarchify(
     if anchor is not None:
         given, anchor = anchor, in_memory(model, anchor, "anchor")
         calibration = anchor if calibration is given else calibration  # an iterator can be read only once
+    example_inputs, calibration = with_first_batch(model, example_inputs, calibration, "calibration")
+    example_inputs, anchor = with_first_batch(model, example_inputs, anchor, "anchor")
     folder = None if work_dir is None else work_folder(work_dir)
 
     if plan is None:
@@ -210,6 +212,7 @@ def calibrate(
         As ``plan`` does.
     """
     checks.check_runs(model)
+    example_inputs, batches = with_first_batch(model, example_inputs, batches, "calibration")
     captured = capture(model, inputs_of(model, example_inputs))
     candidates, _ = select(*find_candidates(captured, model), model, include, exclude)
     checks.check_weights(model, candidates, values=True)
@@ -240,6 +243,7 @@ def _make_plan(
     config = config or MonarchConfig()
     check_choices(budget, workload, objective, config)
     has_values = not checks.on_meta(model)
+    example_inputs, calibration = with_first_batch(model, example_inputs, calibration, "calibration")
 
     captured = capture(model, inputs_of(model, example_inputs))
     candidates, declined = select(*find_candidates(captured, model), model, include, exclude)

@@ -207,6 +207,25 @@ def test_any_iterable_and_a_plan_made_before(model: nn.Module, batches: list[tor
         torch.testing.assert_close(other.first.weight.R, made[0].first.weight.R)
 
 
+@pytest.mark.parametrize("which", ["calibration", "anchor"])
+def test_the_first_batch_gives_the_graph_where_nothing_else_does(
+    model: nn.Module, batches: list[torch.Tensor], which: str
+) -> None:
+    """Without it only layers of known types would be found; how many tokens a run has is not told by it."""
+    wanted = mfx.monarchify(model, example_inputs=batches[0], **{which: batches}, **HALF)
+    for data in (batches, iter(batches)):
+        made = mfx.monarchify(model, **{which: data}, **HALF)
+        plan = mfx.report(made).plan
+        assert [d.candidate.name for d in plan.rewritten] == [
+            d.candidate.name for d in mfx.report(wanted).plan.rewritten
+        ]
+        assert (plan.tokens, plan.capture) == (((4096, 1.0),), "torch.export with symbolic sizes")
+        torch.testing.assert_close(made.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+    assert set(mfx.calibrate(model, iter(batches), exclude="mix*").statistics) == {
+        d.candidate.name for d in mfx.report(wanted).plan.decisions
+    }
+
+
 def test_in_place_and_in_training_mode(model: nn.Module, batches: list[torch.Tensor]) -> None:
     copied = mfx.monarchify(model, example_inputs=batches[0], calibration=batches, **HALF)
     model.train()

@@ -285,7 +285,7 @@ def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[An
             )
         first = False
     if first:
-        raise ConfigError("calibration has no batches.")
+        raise ConfigError("calibration has no batches; an iterator that was read already gives none again.")
 
 
 def calibrated(model: nn.Module, candidates: Sequence[Candidate], data: Calibration | Iterable[Any]) -> Calibration:

@@ -80,7 +80,7 @@ def capture(model: nn.Module, inputs: Inputs | None) -> Captured:
             except Exception as error:  # a front end fails in its own ways; the next one is tried
                 failures.append(f"{front_end.__name__[1:]}: {first_line(error)}")
         if not inputs.given:
-            return _known_layers(model, "its own dummy inputs could not be captured")
+            return _known_layers(model, f"{inputs.name} could not be captured")
         inputs.into(model)
     raise CaptureError(f"No graph of {type(model).__name__} could be captured. " + "; ".join(failures))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ class Inputs:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     given: bool
-    name: str = "example_inputs"
+    name: str = "its own dummy inputs"
 
     def on(self, device: torch.device | None) -> Inputs:
         """The same on another device, as tensors that autograd can use; those that are there already stay."""
@@ -63,12 +64,33 @@ def first_line(error: BaseException) -> str:
 
 
 def inputs_of(model: nn.Module, example_inputs: Any) -> Inputs | None:
-    """The user's, or the model's own where they are None.
+    """The user's, or the model's own where they are None; ``Inputs`` as they are.
 
     Raises:
         ExampleInputsError: They can't be bound to the model's forward.
     """
-    return own_inputs(model) if example_inputs is None else user_inputs(model, example_inputs)
+    if example_inputs is None or isinstance(example_inputs, Inputs):
+        return example_inputs or own_inputs(model)
+    return user_inputs(model, example_inputs)
+
+
+def with_first_batch(model: nn.Module, example_inputs: Any, batches: Any, name: str) -> tuple[Any, Any]:
+    """Example inputs, and ``batches``, of which the first one stands in where neither user nor model has any.
+
+    It gives the graph, not how many tokens a run has.
+
+    Raises:
+        ConfigError: ``batches``, the argument ``name``, are a single one, or there are none.
+        ExampleInputsError: The first can't be bound to the model's forward.
+    """
+    if example_inputs is not None or not isinstance(batches, Iterable) or own_inputs(model) is not None:
+        return example_inputs, batches
+    check_batches(batches, name)
+    iterator = iter(batches)
+    for first in iterator:
+        inputs = dataclasses.replace(user_inputs(model, first, f"{name}[0]"), given=False)
+        return inputs, itertools.chain([first], iterator) if iterator is batches else batches
+    raise ConfigError(f"{name} has no batches; an iterator that was read already gives none again.")
 
 
 def user_inputs(model: nn.Module, example_inputs: Any, name: str = "example_inputs") -> Inputs:
