@@ -226,6 +226,29 @@ def test_the_first_batch_gives_the_graph_where_nothing_else_does(
     }
 
 
+class Crossed(nn.Module):
+    """Packed attention weights that are read in parts, and that a symbolic trace doesn't come to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert len(x) > 0
+        return self.attention(x, x.relu(), x.tanh())[0]
+
+
+def test_a_calibration_of_another_graph() -> None:
+    model, batches = Crossed().eval(), [torch.randn(4, 10, 64) for _ in range(3)]
+    calibration, config = mfx.calibrate(model, batches), mfx.MonarchConfig(nblocks=2, rank=8)
+    message = r"tells of 'attention.in_proj_weight\[.*the graph has 'attention.in_proj_weight': give .* example_inputs"
+    with pytest.raises(ConfigError, match=message):
+        mfx.monarchify(model, config=config, calibration=calibration)
+    options = {"config": config, "example_inputs": batches[0]}
+    made, wanted = (mfx.monarchify(model, calibration=data, **options) for data in (calibration, batches))
+    torch.testing.assert_close(made.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+
+
 def test_in_place_and_in_training_mode(model: nn.Module, batches: list[torch.Tensor]) -> None:
     copied = mfx.monarchify(model, example_inputs=batches[0], calibration=batches, **HALF)
     model.train()

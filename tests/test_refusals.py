@@ -25,6 +25,11 @@ def test_neither_budget_nor_structure() -> None:
         mfx.monarchify(mlp())
 
 
+def test_a_config_of_another_kind() -> None:
+    with pytest.raises(errors.ConfigError, match="config is a dict: give a MonarchConfig"):
+        mfx.plan(mlp(), config={"nblocks": 2})
+
+
 def test_not_a_module() -> None:
     with pytest.raises(errors.NotAModuleError, match="function"):
         mfx.monarchify(lambda x: x, budget=0.5)

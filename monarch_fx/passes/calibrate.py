@@ -292,7 +292,7 @@ def calibrated(model: nn.Module, candidates: Sequence[Candidate], data: Calibrat
     """The calibration that the user gives, or what ``calibrate`` makes of the batches.
 
     Raises:
-        ConfigError: The calibration is of another architecture, or as ``calibrate``.
+        ConfigError: The calibration is of another architecture or of other parts of its weights, or as ``calibrate``.
     """
     if not isinstance(data, Calibration):
         return calibrate(model, candidates, data)
@@ -301,6 +301,14 @@ def calibrated(model: nn.Module, candidates: Sequence[Candidate], data: Calibrat
             f"The calibration was made with another architecture than this {type(model).__name__}: names, shapes or "
             "ties of parameters differ."
         )
+    names = {candidate.name for candidate in candidates}
+    others = {name.partition("[")[0]: name for name in data.statistics if name not in names}
+    for candidate in candidates:
+        if candidate.name not in data.statistics and candidate.parameter in others:
+            raise ConfigError(
+                f"The calibration tells of {others[candidate.parameter]!r}, the graph has {candidate.name!r}: give "
+                "monarch_fx.calibrate and this call the same example_inputs, such as a batch."
+            )
     return data
 
 

@@ -97,12 +97,14 @@ def decide(
     )
 
 
-def check_choices(budget: Any, workload: str, objective: str, config: MonarchConfig) -> None:
+def check_choices(budget: Any, workload: Any, objective: Any, config: Any) -> None:
     """Whether these, as of ``monarch_fx.plan``, have a meaning.
 
     Raises:
         ConfigError: One has none.
     """
+    if not isinstance(config, MonarchConfig):
+        raise ConfigError(f"config is a {type(config).__name__}: give a MonarchConfig.")
     if budget is None and config.grid is None:
         raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
     number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
