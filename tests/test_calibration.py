@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator
 
@@ -298,6 +299,33 @@ def test_a_product_that_no_batch_reaches_is_projected_plainly(model: nn.Module) 
     plain = mfx.monarchify(gated, **options)
     torch.testing.assert_close(unseen.inner.weight.R, plain.inner.weight.R)
     assert not mfx.report(unseen).calibrated
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("default", [torch.device("meta"), default_dtype(torch.float64)], ids=["device", "dtype"])
+def test_other_defaults(default: contextlib.AbstractContextManager[None]) -> None:
+    """What the library makes for itself is where, and as wide as, it is everywhere."""
+    model, x = nn.Sequential(nn.Linear(64, 96), nn.GELU(), nn.Linear(96, 64)), torch.randn(40, 64)
+    options = {"example_inputs": x, "config": mfx.MonarchConfig(nblocks=2, rank=8), "calibration": [x, 2 * x]}
+
+    def made() -> nn.Module:
+        rewritten = mfx.monarchify(model, anchor=[x], **options)
+        assert mfx.report(rewritten).plan.orders
+        return mfx.recover(rewritten, model, [x, 2 * x], steps=3)
+
+    wanted = made().state_dict()
+    with default:
+        found = made().state_dict()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("made", ["outside", "inside"])

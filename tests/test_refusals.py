@@ -92,6 +92,14 @@ def test_weights_of_unsupported_kinds() -> None:
         mfx.monarchify(model, config=HALF_GRID)
 
 
+def test_lazy_modules() -> None:
+    model, x = nn.Sequential(nn.LazyLinear(64), nn.Linear(64, 64)), torch.randn(3, 64)
+    with pytest.raises(errors.WeightError, match=r"0\.weight.* no shape yet: run the model on a batch first"):
+        mfx.monarchify(model, config=HALF_GRID, example_inputs=x)
+    model(x)
+    mfx.monarchify(model, config=HALF_GRID, example_inputs=x)
+
+
 def test_inputs_that_do_not_fit() -> None:
     with pytest.raises(errors.ExampleInputsError, match="forward"):
         mfx.monarchify(mlp(), config=HALF_GRID, example_inputs={"pixels": torch.randn(3, 64)})

@@ -355,11 +355,11 @@ def _overlap(views: list[MatrixView]) -> bool:
     spans = sorted(view.entries() for view in views)
     if all(before[1] <= after[0] for before, after in itertools.pairwise(spans)):
         return False
-    taken = torch.zeros(max(stop for _, stop in spans), dtype=torch.bool)
+    taken = torch.zeros(max(stop for _, stop in spans), dtype=torch.bool, device="cpu")
     for view in views:
         if view.gather(taken).any():
             return True
-        view.scatter(taken, torch.ones(view.numel, dtype=torch.bool))
+        view.scatter(taken, taken.new_ones(view.numel))
     return False
 
 

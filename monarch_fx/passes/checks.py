@@ -28,6 +28,7 @@ def check_model(model: Any) -> nn.Module:
     Raises:
         NotAModuleError: It is not an ``nn.Module``.
         WrappedModelError: It is compiled, scripted, or wrapped for data parallelism; says what to pass instead.
+        WeightError: A parameter of a lazy module has no shape yet.
     """
     check_unwrapped(model)
     for path, module in model.named_modules():
@@ -37,6 +38,9 @@ def check_model(model: Any) -> nn.Module:
                     "The model is compiled: pass the plain model (model._orig_mod), then compile the result."
                 )
             raise WrappedModelError(f"The module at {path!r} is compiled: rewrite the plain model, then compile.")
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise WeightError(f"The weight {name!r} of a lazy module has no shape yet: run the model on a batch first.")
     return model
 
 

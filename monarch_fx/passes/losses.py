@@ -116,4 +116,4 @@ def _cross_entropy(logits: Tensor, draw: torch.Generator) -> Tensor:
 def _output_error(y: Tensor, draw: torch.Generator) -> Tensor:
     spread = (y - y.mean(0)).square().mean() if len(y) > 1 else y.square().mean()
     scale = (spread * y.shape[-1]).clamp_min(torch.finfo(y.dtype).tiny).rsqrt()
-    return scale * torch.randn(y.shape, generator=draw, device=y.device)
+    return scale * torch.randn(y.shape, generator=draw, dtype=y.dtype, device=y.device)

@@ -95,7 +95,7 @@ def reordered_statistics(
         for name, dimension in order.along:
             if name in calibrated.statistics and name in views:
                 moments = "gradients" if dimension == _dimension(views[name].out) else "inputs"
-                changed.setdefault(name, {})[moments] = torch.tensor(order.order)
+                changed.setdefault(name, {})[moments] = torch.tensor(order.order, device="cpu")
     if not changed:
         return calibrated
     return dataclasses.replace(calibrated, statistics=_Reordered(calibrated.statistics, changed))

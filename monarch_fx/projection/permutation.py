@@ -9,6 +9,7 @@ to a space that was fitted to it. Spaces of few dimensions, which grow in small 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def written_features(weight: Tensor, gram: Tensor, gradients: Tensor | None) -> 
 
 def read_features(weight: Tensor, gram: Tensor, gradients: Tensor | None) -> Tensor:
     """As ``written_features``, of the features that a product sees: (in, out)."""
-    identity = torch.eye(len(weight), dtype=gram.dtype) if gradients is None else gradients
+    identity = torch.eye(len(weight), dtype=gram.dtype, device=weight.device) if gradients is None else gradients
     return written_features(weight.mT, identity, gram)
 
 
@@ -52,7 +53,7 @@ def feature_order(products: Sequence[Tensor], halvings: int = HALVINGS) -> Tenso
         products: For each product that writes or reads them the features as rows (hidden, n).
         halvings: How often groups are cut in two.
     """
-    features = torch.arange(len(products[0]))
+    features = torch.arange(len(products[0]), device="cpu")
     if halvings == 0 or len(features) < 4:
         return features
     first = _half(products).cpu()
@@ -70,14 +71,15 @@ def _grown(products: Sequence[Tensor], random: torch.Generator) -> tuple[Tensor,
     """From one start: the first group, and the energy of all features in the last spaces of their groups."""
     hidden, device = len(products[0]), products[0].device
     size = -(-hidden // 2)
-    first = _largest(torch.rand(hidden, generator=random).to(device), size)
+    drawn: dict[str, Any] = {"generator": random, "dtype": products[0].dtype, "device": "cpu"}  # whatever the defaults
+    first = _largest(torch.rand(hidden, **drawn).to(device), size)
     spaces = [[rows.new_zeros(rows.shape[1], 0) for rows in products] for _ in range(2)]
     share = FIRST
     while share <= LAST:
         for group in spaces:
             for i, rows in enumerate(products):
                 dimensions = max(1, int(share * min(rows.shape[1], size)))
-                more = torch.randn(rows.shape[1], dimensions - group[i].shape[1], generator=random)
+                more = torch.randn(rows.shape[1], dimensions - group[i].shape[1], **drawn)
                 group[i] = torch.cat([group[i], more.to(device)], 1)
         for _ in range(ROUNDS):
             kept = [_fit(products, members, group) for members, group in zip((first, ~first), spaces, strict=True)]
@@ -90,7 +92,7 @@ def _grown(products: Sequence[Tensor], random: torch.Generator) -> tuple[Tensor,
 
 def _fit(products: Sequence[Tensor], members: Tensor, spaces: list[Tensor]) -> Tensor:
     """Turns the spaces towards the members' leading directions, in place; the energy (hidden,) of all features."""
-    kept = torch.zeros(len(members), device=members.device)
+    kept = products[0].new_zeros(len(members))
     for i, rows in enumerate(products):
         mine = rows[members]
         spaces[i] = torch.linalg.qr(mine.mT @ (mine @ spaces[i])).Q

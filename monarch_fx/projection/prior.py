@@ -26,7 +26,7 @@ def prior_tail(out_features: int, in_features: int, grid: Grid) -> Tensor:
         A float64 tensor of length ``min(p, s) + 1`` that falls from 1 to 0.
     """
     s, p = -(-out_features // grid[0]), -(-in_features // grid[1])
-    directions = torch.arange(1, min(s, p) + 1, dtype=torch.float64) ** -SIGNAL_DECAY
+    directions = torch.arange(1, min(s, p) + 1, dtype=torch.float64, device="cpu") ** -SIGNAL_DECAY
     return SIGNAL_SHARE * tail_of(directions) + (1 - SIGNAL_SHARE) * _gaussian_tail(s, p)
 
 

@@ -88,7 +88,8 @@ def _diagonalised(blocks: Tensor, eps: float) -> Iterator[tuple[Tensor, Tensor, 
     corner = row[columns.argmin()]
     F = torch.linalg.solve(column.unsqueeze(1), blocks)
     F = torch.linalg.solve(row, F, left=False) @ corner
-    weights = torch.randn(F.shape[:2], generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(F.device)
+    draw = torch.Generator().manual_seed(0)
+    weights = torch.randn(F.shape[:2], generator=draw, dtype=torch.float64, device="cpu").to(F.device)
     weights = weights / torch.linalg.matrix_norm(F).clamp_min(torch.finfo(torch.float64).tiny)
     combination = torch.einsum("ij,ijst->st", weights.to(F.dtype), F)
     for closeness in (0.0, eps**0.5):

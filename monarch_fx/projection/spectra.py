@@ -51,7 +51,7 @@ def tail_errors(
             blocks = blocks @ right[grid[1]] if right else blocks
             blocks = left[grid[0]].mT[:, None] @ blocks if left else blocks
             energies[grid] = energies[grid] + _energies(blocks)
-    return {grid: tail_of(torch.as_tensor(energy)) for grid, energy in energies.items()}
+    return {grid: tail_of(torch.as_tensor(energy, device="cpu")) for grid, energy in energies.items()}
 
 
 def _roots(gram: Tensor | None, features: int, counts: set[int], device: torch.device) -> dict[int, Tensor]:

@@ -256,7 +256,7 @@ class _Run:
     def _batch(self) -> Inputs:
         """All of them once, then again, in an order that the number of the step alone decides."""
         epoch, index = divmod(self.step, len(self.inputs))
-        order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(epoch))
+        order = torch.randperm(len(self.inputs), generator=torch.Generator().manual_seed(epoch), device="cpu")
         return self.inputs[int(order[index])]
 
     def _look(self) -> None:
