@@ -45,6 +45,7 @@ def test_device_profile_is_found_and_measured() -> None:
 
 
 SHAPES = [(256, 512, 2, 4, 48), (256, 512, 4, 1, 32), (300, 500, 1, 4, 40), (250, 333, 4, 3, 20)]
+SHAPES += [(49, 98, 2, 2, 10), (251, 333, 1, 1, 21), (500, 252, 2, 2, 24)]  # padded from 512 tokens on
 
 
 def exact_and_scale(x: torch.Tensor, layer: mfx.MonarchLinear) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +94,30 @@ def test_compiled_once_for_all_numbers_of_tokens() -> None:
             x = torch.randn(tokens, 256, device="cuda", dtype=torch.bfloat16)
             exact, scale = exact_and_scale(x.double(), layer)
             assert ((compiled(x).double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
+    assert len(graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_padded_sizes_compiled_once_with_gradients() -> None:
+    layer = mfx.MonarchLinear(250, 333, (4, 3), 20, device="cuda", dtype=torch.bfloat16)
+    wide = mfx.MonarchLinear(250, 333, (4, 3), 20, device="cuda", dtype=torch.float64)
+    wide.load_state_dict({name: value.double() for name, value in layer.state_dict().items()})
+    graphs = []
+
+    def backend(module: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(module)
+        return torch._inductor.compile(module, inputs)
+
+    compiled = torch.compile(layer, dynamic=True, fullgraph=True, backend=backend)
+    for tokens in (200, 600, 3000):
+        x = torch.randn(tokens, 250, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        leaf = x.detach().double().requires_grad_()
+        y, right = compiled(x), wide(leaf)
+        grad = torch.randn_like(y)
+        found = torch.autograd.grad(y, [x, *layer.parameters()], grad)
+        exact = torch.autograd.grad(right, [leaf, *wide.parameters()], grad.double())
+        for ours, theirs in zip((y, *found), (right, *exact), strict=True):  # a few roundings to 8 bits, averaged
+            assert (ours.double() - theirs).norm() <= 4 * torch.finfo(torch.bfloat16).eps * theirs.norm()
     assert len(graphs) == 1
 
 

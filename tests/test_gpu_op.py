@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import monarch_fx as mfx
-from monarch_fx.kernels import gpu
+from monarch_fx.kernels import gpu, padding
 from monarch_fx.kernels.reference import ACTIVATIONS
 
 SHAPES = [(5, 2, 3, 4, 6, 7), (4, 1, 3, 5, 8, 6), (6, 3, 1, 2, 5, 9)]
@@ -181,3 +181,97 @@ def test_flops_are_counted() -> None:
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         gpu.together(x, R, L, biases, None)
     assert counter.get_total_flops() == 2 * len(x) * sum(factor.numel() for factor in (*R, *L))
+
+
+# n_in, n_out, rank, p, s; what is computed with: rank without gradients; rank, p and s with them
+PADDED = [
+    ((2, 3, 5, 7, 10), 16, (16, 16, 16)),
+    ((2, 2, 24, 12, 20), 32, (32, 12, 20)),
+    ((1, 4, 16, 8, 9), 16, (16, 8, 16)),
+    ((4, 1, 17, 9, 8), 32, (32, 16, 8)),
+    ((1, 1, 5, 9, 6), 8, (8, 16, 8)),
+    ((1, 1, 24, 12, 1000), 24, (24, 12, 1000)),
+    ((2, 3, 16, 8, 24), 16, (16, 8, 24)),
+]
+
+
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rank, p and s of every product that is computed."""
+    seen = []
+    first, second = gpu._first, gpu._second
+
+    def watched_first(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(R.shape[2:]))
+        return first(x, R)
+
+    def watched_second(t: torch.Tensor, L: torch.Tensor, *rest: object) -> None:
+        seen[-1] += (L.shape[3],)
+        second(t, L, *rest)
+
+    monkeypatch.setattr(gpu, "_first", watched_first)
+    monkeypatch.setattr(gpu, "_second", watched_second)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("shape", "rank", "trained"), PADDED, ids=str)
+def test_unaligned_sizes_are_padded(
+    shape: tuple[int, ...], rank: int, trained: tuple[int, ...], bias: bool, sizes: list[tuple[int, ...]]
+) -> None:
+    for tokens, is_padded in ((padding.PADDED_TOKENS - 1, False), (padding.PADDED_TOKENS, True)):
+        x, R, L = operands(tokens, *shape)
+        inputs = [x, R, L, torch.randn(L.shape[0] * L.shape[3], dtype=torch.float64, requires_grad=True)][: 3 + bias]
+        y = mfx.monarch_bmm(*inputs)
+        sizes.clear()
+        found = gpu.products(*inputs, *[None] * (1 - bias), None, "gelu")
+        assert sizes == [trained if is_padded else shape[2:]]
+        assert found.is_contiguous()
+        with torch.no_grad():
+            inferred = gpu.products(*inputs, *[None] * (1 - bias), None, "gelu")
+        assert sizes[1:] == [(rank if is_padded else shape[2], *shape[3:])]
+        torch.testing.assert_close((found, inferred), (F.gelu(y), F.gelu(y)), rtol=1e-12, atol=1e-12)
+        grad = torch.randn_like(y)
+        ours, right = torch.autograd.grad(found, inputs, grad), torch.autograd.grad(F.gelu(y), inputs, grad)
+        # float64, sums of up to 512 terms of about 10
+        torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-11)
+
+
+def test_padded_gradients_of_first_and_second_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(padding, "PADDED_TOKENS", 1)
+
+    def product(*args: torch.Tensor) -> torch.Tensor:
+        return gpu.products(*args, None, "none")
+
+    for shape in ((3, 2, 1, 2, 3, 3), (3, 1, 1, 2, 3, 5)):
+        x, R, L = operands(*shape)
+        bias = torch.randn(L.shape[0] * L.shape[3], dtype=torch.float64, requires_grad=True)
+        assert torch.autograd.gradcheck(product, (x, R, L, bias))
+        assert torch.autograd.gradgradcheck(product, (x, R, L, bias))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_padded_sizes_compile_once_for_all_numbers_of_tokens(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that the grid doesn't divide, as well: 13 features in two blocks, 19 in three."""
+    monkeypatch.setattr(gpu, "serves", lambda x, R: True)
+    layer = mfx.MonarchLinear(13, 19, (3, 2), 5, dtype=torch.float64)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, dynamic=True, fullgraph=True)
+    for tokens in (3, 600, 1000):
+        x = torch.randn(tokens, 13, dtype=torch.float64)
+        exact = mfx.Monarch(layer.weight.R, layer.weight.L, 13, 19)(x) + layer.bias
+        with torch.set_grad_enabled(trained):
+            torch.testing.assert_close(compiled(x), exact, rtol=1e-12, atol=1e-12)
+    assert counter.frame_count == 1
+
+
+def test_flops_of_padded_products() -> None:
+    """Zeros around a product are counted; those that a kernel adds by itself are not."""
+    x, R, L = operands(600, *PADDED[0][0])
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        gpu.products(x, R, L, None, None, "none")
+    n_in, n_out = R.shape[:2]
+    assert counter.get_total_flops() == 2 * 600 * n_in * n_out * 16 * (16 + 16)
+    with torch.no_grad(), torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        gpu.products(x, R, L, None, None, "none")
+    assert counter.get_total_flops() == 2 * 600 * (R.numel() + L.numel())

@@ -3,8 +3,9 @@
 A product has two halves, or is one kernel where that is faster. The first half stores its result block-transposed (a
 Triton kernel); the second writes strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result
 gets a bias or an activation). Several products that read the same few tokens run half by half together. The backward
-pass runs the same halves with the factors swapped, since the transposed matrix is Monarch(L, R). On a CPU, where it is
-tested, and where a kernel fails, plain batched products do the same.
+pass runs the same halves with the factors swapped, since the transposed matrix is Monarch(L, R). Sizes that would slow
+them down are padded (``padding.py``). On a CPU, where it is tested, and where a kernel fails, plain batched products do
+the same.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
-from monarch_fx.kernels import reference
+from monarch_fx.kernels import padding, reference
 from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, is_fused
 
 HALF = (torch.bfloat16, torch.float16)
@@ -66,12 +67,24 @@ def products(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
         bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate)):
-        y, _ = product_and_intermediate(rows, R, L, bias)  # an activation's own gradient is PyTorch's
+        y = _differentiable(rows, R, L, bias)  # an activation's own gradient is PyTorch's
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return reference.activated(y, gate, activation)
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
     y = product(rows, R, L, bias, gate, activation)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> Tensor:
+    """x (tokens, n_in * p) -> (tokens, n_out * s); padded around the product, so that gradients are cut by autograd."""
+    (n_out, _, rank, s), p = L.shape, R.shape[3]
+    if not padding.is_aligned(rank, p, s) and not padding.are_few(x.shape[0]):
+        x, R, L = padding.pad_all(x, R, L)
+    if L.shape[3] == s:
+        return product_and_intermediate(x, R, L, bias)[0]
+    y = product_and_intermediate(x, R, L, None)[0].unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
+    bias = None if bias is None else bias.unflatten(0, (n_out, s))
+    return reference.finished(y, bias, None).flatten(1)
 
 
 def products_together(
@@ -96,6 +109,8 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     n_in, n_out, rank, p = R.shape
     fused = is_fused(len(x), n_in, n_out, rank, p, L.shape[3])
     if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
+        if not padding.is_aligned(rank) and len(x) >= padding.PADDED_TOKENS:
+            R, L = padding.pad_ranks(R, L)
         _second(_first(x, R), L, y, bias, gate, activation)
     return y
 
