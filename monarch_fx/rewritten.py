@@ -16,7 +16,7 @@ from monarch_fx.passes import checks, graph, rewrite
 from monarch_fx.passes.capture import capture
 from monarch_fx.passes.inputs import check_batches, each_inputs, inputs_of
 from monarch_fx.passes.listing import listing
-from monarch_fx.passes.losses import attention_mask, distance
+from monarch_fx.passes.losses import distance
 from monarch_fx.passes.modes import evaluating
 from monarch_fx.records import Report
 
@@ -83,7 +83,7 @@ def measure_loss(model: nn.Module, teacher: nn.Module, batches: Iterable[Any]) -
             inputs = given.on(device)
             with torch.no_grad():
                 output, wanted = (inputs.into(both) for both in (model, teacher))
-            found.append(float(distance(output, wanted, attention_mask(inputs.kwargs))))
+            found.append(float(distance(output, wanted, inputs.mask(model))))
     if not found:
         raise ConfigError("measure_loss needs batches, got none.")
     loss = sum(found) / len(found)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -184,13 +185,14 @@ def test_the_errors_reported_are_those_of_the_outputs(model: nn.Module, batches:
     assert dict(mfx.report(ours).errors)["first.weight"] == pytest.approx(float(exact), rel=1e-4)
 
 
-def test_hidden_tokens_do_not_count(model: nn.Module, batches: list[torch.Tensor]) -> None:
+@pytest.mark.parametrize("form", [lambda x, mask: {"x": x, "attention_mask": mask}, lambda x, mask: (x, mask)])
+def test_hidden_tokens_do_not_count(
+    model: nn.Module, batches: list[torch.Tensor], form: Callable[[torch.Tensor, torch.Tensor], Any]
+) -> None:
     mask = torch.ones(4, 10, dtype=torch.long)
     mask[:, 6:] = 0
-    masked = [{"x": batch, "attention_mask": mask} for batch in batches]
-    garbage = [{"x": batch.clone(), "attention_mask": mask} for batch in batches]
-    for batch in garbage:
-        batch["x"][:, 6:] = 1e3
+    masked = [form(batch, mask) for batch in batches]
+    garbage = [form(torch.cat([batch[:, :6], torch.full((4, 4, 8), 1e3)], 1), mask) for batch in batches]
     plan = mfx.plan(model, example_inputs=masked[0], **HALF)
     one, other = (mfx.monarchify(model, plan=plan, calibration=data) for data in (masked, garbage))
     torch.testing.assert_close(one.first.weight.R, other.first.weight.R)

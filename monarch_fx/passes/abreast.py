@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from monarch_fx.errors import ConfigError
 from monarch_fx.passes.inputs import Inputs
-from monarch_fx.passes.losses import attention_mask
 
 _HERE = threading.local()
 
@@ -61,7 +60,7 @@ class Run:
 
     def __init__(self, model: nn.Module, inputs: Inputs) -> None:
         self.model, self.inputs = model, inputs
-        self.mask = attention_mask(inputs.kwargs)
+        self.mask = inputs.mask(model)
         self.at: str | None = None
         self.x: Tensor | None = None
         self.done, self._cancelled = False, False

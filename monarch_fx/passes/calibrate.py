@@ -27,7 +27,7 @@ from monarch_fx.errors import ConfigError, MonarchWarning
 from monarch_fx.layers.match import Match
 from monarch_fx.passes import checks, rewrite
 from monarch_fx.passes.inputs import Inputs, check_batches, each_inputs
-from monarch_fx.passes.losses import attention_mask, counted, loss_gradient
+from monarch_fx.passes.losses import counted, loss_gradient
 from monarch_fx.passes.modes import evaluated
 from monarch_fx.records import Candidate
 
@@ -263,7 +263,7 @@ def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[An
     first = True
     for given in each_inputs(model, tqdm(batches, desc=title, unit="batch", leave=False), "calibration"):
         inputs, failed = given.on(device), None
-        sums.mask = attention_mask(inputs.kwargs)
+        sums.mask = inputs.mask(model)
         if sums.anchor is not None:
             try:
                 _forward_and_backward(twin, inputs, sums, draw)

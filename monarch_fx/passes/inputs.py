@@ -54,6 +54,12 @@ class Inputs:
                 f"{type(model).__name__} can't run on {self.name}: {type(error).__name__}: {first_line(error)}"
             ) from error
 
+    def mask(self, model: nn.Module) -> torch.Tensor | None:
+        """The model's ``attention_mask`` (batch, tokens), by name or in its place: False where tokens don't count."""
+        named = inspect.signature(model.forward).bind(*self.args, **self.kwargs).arguments
+        mask = {**named, **self.kwargs}.get("attention_mask")
+        return mask.bool() if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         args, kwargs = pytree.tree_map_only(torch.Tensor, change, (self.args, self.kwargs))
         return dataclasses.replace(self, args=args, kwargs=kwargs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,12 +64,6 @@ def counted(x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and x.shape[:-1] == mask.shape:
         x = x[mask]
     return x.reshape(-1, x.shape[-1])
-
-
-def attention_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The mask (batch, tokens) among keyword arguments of a model."""
-    mask = kwargs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def loss_gradient(output: Any, mask: Tensor | None, draw: torch.Generator) -> tuple[Tensor, Tensor, str]:

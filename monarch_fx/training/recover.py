@@ -24,7 +24,7 @@ from monarch_fx import files, rewritten
 from monarch_fx.errors import ConfigError
 from monarch_fx.passes import checks
 from monarch_fx.passes.inputs import Inputs, check_batches, each_inputs
-from monarch_fx.passes.losses import attention_mask, counted, distance, relative_error
+from monarch_fx.passes.losses import counted, distance, relative_error
 from monarch_fx.passes.modes import evaluating
 from monarch_fx.passes.pair import Pair
 from monarch_fx.records import Recovery
@@ -124,11 +124,11 @@ class _Distances:
     def of_outputs(self, inputs: Inputs) -> Tensor:
         with torch.no_grad():
             wanted = inputs.into(self.pair.teacher)
-        return distance(inputs.into(self.pair.model), wanted, attention_mask(inputs.kwargs))
+        return distance(inputs.into(self.pair.model), wanted, inputs.mask(self.pair.model))
 
     def of_products(self, inputs: Inputs) -> Tensor:
         """Sum of the relative squared errors of the products' outputs; each depends on its own factors alone."""
-        mask, errors = attention_mask(inputs.kwargs), []
+        mask, errors = inputs.mask(self.pair.model), []
 
         def compare(wanted: Tensor, y: Tensor) -> Tensor:
             if y.requires_grad and y.numel():
