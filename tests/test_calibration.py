@@ -229,6 +229,17 @@ def test_the_first_batch_gives_the_graph_where_nothing_else_does(
     }
 
 
+def test_dummy_inputs_of_another_kind_give_way_to_the_first_batch() -> None:
+    """transformers' are token ids where a class doesn't say otherwise, as for raw audio."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    convolutions = {"conv_dim": (32,), "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1}
+    positions = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes, **convolutions, **positions)).eval()
+    plan = mfx.plan(model, config=mfx.MonarchConfig(nblocks=2, rank=4), calibration=[torch.randn(2, 200)])
+    assert plan.capture == "torch.export with symbolic sizes"
+
+
 class Crossed(nn.Module):
     """Packed attention weights that are read in parts, and that a symbolic trace doesn't come to."""
 

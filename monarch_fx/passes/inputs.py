@@ -178,7 +178,12 @@ def own_inputs(model: nn.Module) -> Inputs | None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "main_input_name"):
         return None
-    return Inputs((), _without_cache(model, _transformers_inputs(model, config), 0), given=False)
+    kwargs = _without_cache(model, _transformers_inputs(model, config), 0)
+    try:
+        inspect.signature(model.forward).bind(**kwargs)
+    except TypeError:  # dummy_inputs are text where a class doesn't say otherwise
+        return None
+    return Inputs((), kwargs, given=False)
 
 
 def _timm_input_size(model: nn.Module, config: Mapping[str, Any]) -> tuple[int, ...]:
