@@ -31,6 +31,7 @@ from monarch_fx.records import Candidate, HiddenOrder, Plan, Report
 from monarch_fx.rewritten import note
 
 
+# In inference mode nothing could be differentiated, and factors could never be trained.
 @torch.inference_mode(False)
 def plan(
     model: nn.Module | torch.export.ExportedProgram,
