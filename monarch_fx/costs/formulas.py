@@ -15,10 +15,11 @@ from collections.abc import Iterable
 import sympy
 from sympy import Expr
 
-from monarch_fx.costs.kernel import Copy, Epilogue, Fused, Kernel, Pass, Product, TokenSum
+from monarch_fx.costs.kernel import Copy, Epilogue, Faster, Fused, Kernel, Pass, Product, TokenSum
 from monarch_fx.costs.symbols import (
     at_least_one,
     batch,
+    ceil_div,
     in_features,
     nblocks_in,
     nblocks_out,
@@ -29,11 +30,32 @@ from monarch_fx.costs.symbols import (
     several,
     tokens,
 )
+from monarch_fx.kernels.padding import ROW
 
 
 def dense(workload: str = "inference") -> tuple[Kernel, ...]:
     """Kernels of ``x @ W.T`` with W (out_features, in_features)."""
     return _with_backward([Product(batch, tokens, in_features, out_features)], workload)
+
+
+def dense_on_gpu(
+    workload: str, aligned: bool = True, columns: Expr = in_features, rows: Expr = out_features
+) -> tuple[Kernel, ...]:
+    """The same in half precision, where the gradient of W is a sum over tokens that a library may cut."""
+    forward = Product(batch, tokens, columns, rows, aligned=aligned)
+    if workload == "inference":
+        return (forward,)
+    to_x, to_weight = forward.backward
+    return forward, to_x, Faster(to_weight, TokenSum(batch, rows, columns, aligned))
+
+
+def dense_padded(workload: str) -> tuple[Kernel, ...]:
+    """The same with zeros around x and W (and the gradient of the result), as Inductor does it; gradients are cut."""
+    columns, rows = ROW * ceil_div(in_features, ROW), ROW * ceil_div(out_features, ROW)
+    wider, higher = at_least_one(columns - in_features), at_least_one(rows - out_features)
+    copies = (Copy(tokens * columns, wider), Copy(rows * columns, at_least_one(wider + higher)))
+    backward = (Copy(tokens * rows, higher), *copies) if workload == "training" else ()
+    return *copies, *dense_on_gpu(workload, columns=columns, rows=rows), *backward
 
 
 def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
@@ -54,7 +76,9 @@ def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
     return _with_backward(forward, workload)
 
 
-def without_copies(first: str, second: str) -> tuple[Kernel, ...]:
+def without_copies(
+    first: str, second: str, first_aligned: bool = True, second_aligned: bool = True
+) -> tuple[Kernel, ...]:
     """Kernels of the product, forward, where each one writes what the next one reads, as on a GPU.
 
     The gradient of the activations is the same product with the transposed matrix.
@@ -63,18 +87,36 @@ def without_copies(first: str, second: str) -> tuple[Kernel, ...]:
         first: ``"joined"``: one call, for a single column of blocks. ``"strided"``: one call for every row of blocks.
             ``"own"``: a kernel of this library that stores block-transposed.
         second: ``"library"`` or ``"own"``.
+        first_aligned: See ``Product``.
+        second_aligned: Likewise.
     """
     firsts = {
-        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank),
-        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out),
-        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True),
+        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank, aligned=first_aligned),
+        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, aligned=first_aligned),
+        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True, aligned=first_aligned),
     }
-    return firsts[first], Product(nblocks_out, tokens, nblocks_in * rank, s, own=second == "own")
+    last = Product(nblocks_out, tokens, nblocks_in * rank, s, own=second == "own", aligned=second_aligned)
+    return firsts[first], last
 
 
-def factor_gradients() -> tuple[Kernel, ...]:
+def factor_gradients(first_aligned: bool = True, second_aligned: bool = True) -> tuple[Kernel, ...]:
     """Kernels of the gradients of both factors, without copies."""
-    return TokenSum(nblocks_in, nblocks_out * rank, p), TokenSum(nblocks_out, nblocks_in * rank, s)
+    return (
+        TokenSum(nblocks_in, nblocks_out * rank, p, first_aligned),
+        TokenSum(nblocks_out, nblocks_in * rank, s, second_aligned),
+    )
+
+
+def padding(*what: str) -> tuple[Kernel, ...]:
+    """Copies of what is padded around such a product ("x", "R", "L"), or cut behind it ("y"), in padded sizes."""
+    blocks = nblocks_out * nblocks_in
+    elements = {
+        "x": tokens * nblocks_in * p,
+        "R": blocks * rank * p,
+        "L": blocks * rank * s,
+        "y": tokens * nblocks_out * s,
+    }
+    return tuple(Copy(elements[name], needed=sympy.S.One) for name in what)
 
 
 def activation() -> tuple[Kernel, ...]:

@@ -14,6 +14,7 @@ from monarch_fx.costs import formulas
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
+from monarch_fx.kernels.padding import OWN_ROW, PADDED_TOKENS, ROW, padded_rank, padded_side
 from monarch_fx.structure import MonarchShape
 
 Tokens = int | NDArray[np.int64]
@@ -53,6 +54,8 @@ def dense_seconds(
 ) -> Seconds:
     """Predicted seconds of one dense product, and of the activation behind it where a Monarch product computes it, too.
 
+    In half precision on a GPU sizes that are no multiples of 8 are padded where that is faster, as Inductor does.
+
     Args:
         profile: The device.
         tokens: Rows that each matrix is multiplied with; an array gives an array.
@@ -68,7 +71,14 @@ def dense_seconds(
     """
     constants = _constants(profile, dtype)
     sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype])
-    seconds = _function("dense", workload)(*sizes, *constants)
+    on_gpu = _has_kernels(profile, dtype, batch)
+    seconds = _function("dense_on_gpu" if on_gpu else "dense", workload)(*sizes, *constants)
+    if on_gpu and not _is_aligned(ROW, in_features, out_features):
+        unaligned, padded = (
+            _function(*lowering)(*sizes, *constants)
+            for lowering in (("dense_on_gpu", workload, False), ("dense_padded", workload))
+        )
+        seconds = np.where(np.asarray(tokens) > choice.FEW_TOKENS, np.minimum(unaligned, padded), seconds)
     if _fuses(profile, dtype, batch, workload, around):
         seconds = seconds + _function("activation")(*sizes, *constants)
     return seconds
@@ -90,37 +100,94 @@ def monarch_seconds(
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
     constants = _constants(profile, dtype)
-    rows, n_out, n_in = np.asarray(tokens), shape.nblocks_out, shape.nblocks_in
-    sizes = (tokens, shape.in_features, shape.out_features, n_out, n_in, shape.rank, batch, DTYPE_BYTES[dtype])
+    rows = np.asarray(tokens)
+
+    def seconds(of: MonarchShape, structure: str, *lowering: str | int) -> Seconds:
+        sizes = (tokens, of.in_features, of.out_features, of.nblocks_out, of.nblocks_in, of.rank)
+        return _function(structure, *lowering)(*sizes, batch, DTYPE_BYTES[dtype], *constants)
+
     if not _has_kernels(profile, dtype, batch):
-        return _function("monarch", workload)(*sizes, *constants)
-
-    def seconds(structure: str, *lowering: str | int, transposed: bool = False) -> Seconds:
-        swapped = (tokens, shape.out_features, shape.in_features, n_in, n_out, *sizes[5:])
-        return _function(structure, *lowering)(*(swapped if transposed else sizes), *constants)
-
-    def halves(second: str, *, transposed: bool = False) -> Seconds:
-        """The lowering of many tokens, and that of few ones."""
-        blocks, p = (n_out, shape.s) if transposed else (n_in, shape.p)
-        few = seconds("without_copies", "own", "own", transposed=transposed)
-        many = seconds("without_copies", "joined" if blocks == 1 else "own", second, transposed=transposed)
-        if blocks > 1 and p % 64:
-            strided = seconds("without_copies", "strided", second, transposed=transposed)
-            many = np.where(2 * rows * n_in * n_out * shape.rank * p >= choice.STRIDED_FLOPS, strided, many)
-        return np.where(rows <= choice.FEW_TOKENS, few, many)
-
-    training = workload == "training"
+        return seconds(shape, "monarch", workload)
+    if workload == "training":
+        return _in_halves(seconds, rows, shape, around.bias, training=True)
     activated = _fuses(profile, dtype, batch, workload, around)
-    forward = halves("own" if activated or (around.bias and n_out > 1) else "library")
-    if training:
-        return forward + halves("library", transposed=True) + seconds("factor_gradients")
+    forward = _in_halves(seconds, rows, shape, around.bias, activated)
+    n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     has_fused = profile.fused_efficiency > 0
-    if has_fused and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, shape.rank, shape.p, shape.s):
-        held = max(16, 1 << (shape.rank - 1).bit_length())
-        forward = np.where(rows >= choice.FUSED_TOKENS, seconds("fused", held), forward)
+    if has_fused and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, rank, shape.p, shape.s):
+        held = max(16, 1 << (rank - 1).bit_length())
+        forward = np.where(rows >= choice.FUSED_TOKENS, seconds(shape, "fused", held), forward)
     shared = 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
     forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * profile.kernel_launch_s, 0.0)
-    return forward + seconds("epilogue") if activated else forward
+    return forward + seconds(shape, "epilogue") if activated else forward
+
+
+def _in_halves(
+    seconds: Callable[..., Seconds],
+    rows: NDArray[np.int64],
+    shape: MonarchShape,
+    bias: bool,
+    activated: bool = False,
+    training: bool = False,
+) -> Seconds:
+    """Seconds of both halves, of gradients, and of the copies that padding takes.
+
+    Args:
+        seconds: Of a shape in a lowering of ``formulas``.
+        rows: Tokens.
+        shape: The product.
+        bias: Whether the second half adds one.
+        activated: Whether it computes an activation.
+        training: Whether there is a backward pass.
+    """
+    n_out, n_in = shape.nblocks_out, shape.nblocks_in
+
+    def halves(of: MonarchShape, second: str) -> Seconds:
+        """The lowering of many tokens, and that of few ones."""
+        last = _is_aligned(ROW if second == "library" else OWN_ROW, of.rank, of.s)
+
+        def many(first: str, row: int) -> Seconds:
+            return seconds(of, "without_copies", first, second, _is_aligned(row, of.rank, of.p), last)
+
+        if of.nblocks_in == 1:
+            time_s = many("joined", ROW)
+        else:
+            time_s = many("own", OWN_ROW)
+            if of.p % 64:
+                is_large = 2 * rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
+                time_s = np.where(is_large, many("strided", ROW), time_s)
+        return np.where(rows <= choice.FEW_TOKENS, seconds(of, "without_copies", "own", "own"), time_s)
+
+    def padded(rank: int, p: int, s: int) -> Seconds:
+        """The product with these sizes."""
+        of = MonarchShape(n_in * p, n_out * s, n_out, n_in, rank)
+        more, wider, higher = rank > shape.rank, p > shape.p, s > shape.s
+        copied = {
+            "x": of.in_features > shape.in_features,
+            "R": more or wider,
+            "L": more or higher,
+            "y": of.out_features > shape.out_features,
+        }
+        copies = seconds(of, "padding", *(name for name, is_copied in copied.items() if is_copied))
+        has_epilogue = activated or (bias and n_out > 1 and not higher)
+        forward = halves(of, "own" if has_epilogue else "library") + copies
+        if not training:
+            return forward
+        turned = MonarchShape(of.out_features, of.in_features, n_in, n_out, rank)
+        gradients = seconds(of, "factor_gradients")
+        aligned = _is_aligned(ROW, rank, p), _is_aligned(ROW, rank, s)
+        if not all(aligned):
+            gradients = np.where(rows <= choice.FEW_TOKENS, gradients, seconds(of, "factor_gradients", *aligned))
+        return forward + halves(turned, "library") + gradients + copies  # gradients are cut
+
+    rank, p, s = shape.rank, shape.p, shape.s
+    few = padded(rank, p, s)
+    sizes = (padded_rank(n_in, n_out, rank), *(padded_side(n_in, n_out, size) if training else size for size in (p, s)))
+    return few if sizes == (rank, p, s) else np.where(rows < PADDED_TOKENS, few, padded(*sizes))
+
+
+def _is_aligned(row: int, *sizes: int) -> bool:
+    return all(size % row == 0 for size in sizes)
 
 
 def _has_kernels(profile: DeviceProfile, dtype: str, batch: int) -> bool:
