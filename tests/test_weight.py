@@ -55,3 +55,79 @@ def test_monarch_linear(in_features: int, out_features: int, nblocks: int | tupl
     expected = x @ layer.weight.to_dense().T + layer.bias
     torch.testing.assert_close(layer(x), expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(layer(x[0, 0]), expected[0, 0], rtol=1e-12, atol=1e-12)
+
+
+class Raw(nn.Module):
+    """A matrix (in, out) that no layer owns."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(in_features, out_features, dtype=torch.float64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.W
+
+
+def linear(in_features: int, out_features: int, nblocks: int | tuple[int, int] = 2, rank: int = 3) -> mfx.MonarchLinear:
+    return mfx.MonarchLinear(in_features, out_features, nblocks, rank, bias=False).double()
+
+
+def raw(in_features: int, out_features: int) -> Raw:
+    config = mfx.MonarchConfig(nblocks=2, rank=3)
+    return mfx.monarchify(Raw(in_features, out_features), config=config, example_inputs=torch.randn(2, 16).double())
+
+
+def test_a_compiled_layer_sees_that_its_weight_is_another() -> None:
+    """Factors of the same sizes can be those of other matrices: fewer outputs, another orientation."""
+    layer, x = linear(16, 16), torch.randn(5, 16, dtype=torch.float64)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    first = layer.weight
+    weights = [
+        linear(16, 16).weight,
+        linear(16, 15).weight,  # padded: the factors of 16 outputs
+        raw(16, 16).W,  # (in, out): the same factors in the other order
+        linear(16, 16, nblocks=4).weight,
+        linear(16, 16, rank=2).weight,
+        linear(16, 32).weight,
+        nn.Parameter(torch.randn(7, 16, dtype=torch.float64)),
+        first,
+    ]
+    for weight in (first, *weights):
+        if hasattr(layer, "weight"):
+            del layer.weight
+        layer.weight = weight
+        dense = weight if isinstance(weight, nn.Parameter) else weight.to_dense()
+        torch.testing.assert_close(compiled(x), x @ dense.T, rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_raw_product_sees_that_its_weight_is_another() -> None:
+    model, x = raw(16, 16), torch.randn(5, 16, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for weight in (model.W, raw(16, 15).W, linear(16, 16).weight, model.W):
+        model.W = weight
+        torch.testing.assert_close(compiled(x), x @ weight.to_dense(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_compiled_layer_sees_casts_and_new_values() -> None:
+    layer, x = linear(16, 12), torch.randn(5, 16, dtype=torch.float64)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    compiled(x)
+    layer.load_state_dict(linear(16, 12).state_dict())
+    torch.testing.assert_close(compiled(x), x @ layer.weight.to_dense().T, rtol=1e-12, atol=1e-12)
+    y = compiled.float()(x.float())
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y, x.float() @ layer.weight.to_dense().T, rtol=1e-5, atol=1e-6)
+
+
+def test_a_compiled_product_has_few_guards() -> None:
+    """They are checked at every call: of the factors, their names, and what else a product reads of a weight."""
+    found: list[str] = []
+
+    def count(guards: list) -> list[bool]:
+        found.extend(f"{guard.guard_type} {guard.name}" for guard in guards if "['weight']" in guard.name)
+        return [True] * len(guards)
+
+    compiled = torch.compile(linear(16, 12), backend="eager", options={"guard_filter_fn": count})
+    compiled(torch.randn(5, 16, dtype=torch.float64))
+    assert sum("TENSOR_MATCH" in guard for guard in found) == 2, found
+    assert len(found) <= 20, found  # 14 on PyTorch 2.13 and 2.14

@@ -12,16 +12,31 @@ from monarch_fx.errors import DenseFallbackWarning, StructureError
 from monarch_fx.kernels.op import monarch_bmm, monarch_grouped_mm
 from monarch_fx.layers.match import find_piece
 from monarch_fx.rules import Multiply
+from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
 
 if TYPE_CHECKING:
-    from monarch_fx.layers.weight import DenseLike
+    from monarch_fx.layers.weight import DenseLike, WeightView
+
+Cut = tuple["int | None", "int | None"]
+
+# What products read of a weight besides its factors: the fields of its StridedView; for each piece those of its
+# MatrixView, and its cut. Plain tuples, since these Dynamo guards as one, and objects field by field.
+Outline = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...], tuple["Cut | None", ...]]
 
 
-def multiplier(operand: DenseLike, matrix: MatrixView) -> Multiply:
+def cut(shape: MonarchShape | None) -> Cut | None:
+    """``out_features`` of a product, and of the transposed one, where they cut off padding; None for a dense piece."""
+    if shape is None:
+        return None
+    return (shape.out_features, shape.in_features) if shape.padded else (None, None)
+
+
+def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
     """The product with the piece of the weight that ``matrix`` names; with the dense values where none fits."""
     root, index, cast = operand.root, operand.index, operand.cast
-    match = find_piece(root.views, matrix)
+    _, views, cuts = root.outline
+    match = find_piece([MatrixView(*view) for view in views], matrix)
     if match is None:
         if index is not None:
             raise StructureError("A view of a Monarch weight that the plan doesn't know is indexed at run time.")
@@ -30,7 +45,7 @@ def multiplier(operand: DenseLike, matrix: MatrixView) -> Multiply:
         batch = (matrix.batch_size,) if matrix.batch else ()
         dense = dense.reshape(*batch, matrix.out_features, matrix.in_features)
         return lambda x, bias=None, *, offs=None: _dense_product(x, _chosen(dense, None, cast), bias, offs)
-    suffix, shape = root.suffix(match.piece), root.shapes[match.piece]
+    suffix, out_features = root.suffix(match.piece), cuts[match.piece]
     picks = match.element if match.element is not None else index
 
     def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
@@ -42,14 +57,14 @@ def multiplier(operand: DenseLike, matrix: MatrixView) -> Multiply:
         return y if root.observer is None else root.observer(match, x, y)
 
     def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
-        if shape is None:
+        if out_features is None:
             dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
             return _dense_product(_widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
         R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
         L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
         if match.flipped:  # the transposed matrix has the same factors, in the other order
             R, L = L, R
-        out = (shape.in_features if match.flipped else shape.out_features) if shape.padded else None
+        out = out_features[match.flipped]
         x = _widened(x, R)
         if offs is not None:
             return monarch_grouped_mm(x, R, L, offs, out_features=out)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch._dynamo.variables import builtin as _dynamo_builtins
 from monarch_fx.errors import StructureError
 from monarch_fx.layers.attention import multi_head_attention
 from monarch_fx.layers.match import Match
-from monarch_fx.layers.multiply import multiplier, warn_dense
+from monarch_fx.layers.multiply import Outline, cut, multiplier, warn_dense
 from monarch_fx.rules import RULES, Product, Static, op_name
 from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView
@@ -81,6 +82,10 @@ class DenseLike:
     @property
     def mT(self) -> WeightView:  # noqa: N802
         return view_of(self, "mT")
+
+    def viewed(self) -> WeightView:
+        """The same as a view, which is what products read."""
+        raise NotImplementedError
 
     def dim(self) -> int:
         return self.ndim
@@ -166,6 +171,9 @@ class WeightView(DenseLike):
         self.picked = picked
         self.cast = cast
 
+    def viewed(self) -> WeightView:
+        return self
+
     def __getattr__(self, name: str) -> Any:
         return _tensor_attribute(self, name)
 
@@ -193,10 +201,13 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
         super().__init__()
         # sees inputs and outputs of every product when calibrating, and gives the outputs back
         self.observer: Callable[[Match, Any, Any], Any] | None = None
-        self.strided = StridedView.whole(shape)
-        self.views = tuple(view for view, _ in pieces)
         self.shapes: tuple[MonarchShape | None, ...] = tuple(
             value.shape if isinstance(value, Monarch) else None for _, value in pieces
+        )
+        self.outline: Outline = (
+            astuple(StridedView.whole(shape)),
+            tuple(astuple(view) for view, _ in pieces),
+            tuple(cut(structure) for structure in self.shapes),
         )
         for i, (_, value) in enumerate(pieces):
             if isinstance(value, Monarch):
@@ -211,11 +222,22 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
         self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=requires_grad))
 
     def suffix(self, piece: int) -> str:
-        return "" if len(self.views) == 1 else f"_{piece}"
+        return "" if len(self.outline[1]) == 1 else f"_{piece}"
+
+    def viewed(self) -> WeightView:
+        return WeightView(self, StridedView(*self.outline[0]))
 
     @property
     def root(self) -> MonarchWeight:  # type: ignore[override]
         return self
+
+    @property
+    def strided(self) -> StridedView:  # type: ignore[override]
+        return StridedView(*self.outline[0])
+
+    @property
+    def views(self) -> tuple[MatrixView, ...]:
+        return tuple(MatrixView(*view) for view in self.outline[1])
 
     @property
     def own_dtype(self) -> torch.dtype:
@@ -281,6 +303,7 @@ def view_of(operand: DenseLike, name: str, *args: Any, **kwargs: Any) -> Any:
     Raises:
         TypeError, ValueError, IndexError: The operation is no view of this operand.
     """
+    operand = operand.viewed()
     views = VIEW_OPERATIONS[name](operand.strided, *args, **kwargs)
     if operand.index is not None and operand.picked is None:
         first = operand.strided.sizes[0], operand.strided.strides[0]
@@ -334,7 +357,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         answer = rule(*[_static(a) for a in args], **{key: _static(a) for key, a in kwargs.items()})
         if isinstance(answer, Product):
             operand = next(a for a in _flat([*args, *kwargs.values()]) if isinstance(a, DenseLike))
-            return answer.rewrite(multiplier(operand, answer.matrix))
+            return answer.rewrite(multiplier(operand.viewed(), answer.matrix))
     _forbid_writing(name)
     plain = [_dense(a, name) for a in args]
     return func(*plain, **{key: _dense(a, name) for key, a in kwargs.items()})
@@ -347,8 +370,8 @@ def _flat(arguments: Sequence[Any]) -> list[Any]:
 
 def _static(argument: Any) -> Any:
     if isinstance(argument, DenseLike):
-        gathered = argument.index is not None and argument.picked is None
-        return Static(argument.strided, gathered, argument.picked)
+        view = argument.viewed()
+        return Static(view.strided, view.index is not None and view.picked is None, view.picked)
     if isinstance(argument, (list, tuple)) and any(isinstance(a, DenseLike) for a in argument):
         return [_static(a) for a in argument]
     return argument

@@ -60,8 +60,7 @@ class _Factors:
     observer = None
 
     def __init__(self, weight: MonarchWeight, path: str, tracer: fx.proxy.GraphAppendingTracer, mode: Any) -> None:
-        self.views, self.shapes = weight.views, weight.shapes
-        self.suffix, self.own_dtype = weight.suffix, weight.own_dtype
+        self.outline, self.suffix, self.own_dtype = weight.outline, weight.suffix, weight.own_dtype
         for name, factor in weight.named_parameters():
             proxy = fx.Proxy(tracer.graph.create_node("get_attr", f"{path}.{name}"), tracer)
             proxy.node.meta["val"] = mode.from_tensor(factor.detach())
