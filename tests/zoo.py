@@ -50,6 +50,14 @@ def vit() -> Built:
     return ViTForImageClassification(ViTConfig(**_VISION)), {"pixel_values": _images()}
 
 
+def swin() -> Built:
+    """Windows: with symbolic height and width its export takes a minute."""
+    from transformers import SwinConfig, SwinForImageClassification
+
+    sizes = {"embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4}
+    return SwinForImageClassification(SwinConfig(image_size=32, patch_size=4, **sizes)), {"pixel_values": _images()}
+
+
 def llama() -> Built:
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -203,6 +211,7 @@ TRANSFORMERS: tuple[Callable[[], Built], ...] = (
     gpt2,
     bert,
     vit,
+    swin,
     llama,
     qwen3,
     t5,

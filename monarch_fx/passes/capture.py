@@ -31,6 +31,8 @@ from monarch_fx.passes.inputs import Inputs, first_line
 from monarch_fx.passes.modes import evaluating
 from monarch_fx.rules import op_name
 
+IMAGE_DIMENSIONS = 4  # from which only the first one, the batch, is symbolic
+
 
 @dataclass
 class Captured:
@@ -130,7 +132,10 @@ def has_shapes(graph: fx.Graph) -> bool:
 
 def _export_dynamic(model: nn.Module, inputs: Inputs) -> Captured:
     def spec(leaf: Any) -> Any:
-        return dict.fromkeys(range(leaf.ndim), torch.export.Dim.AUTO) if isinstance(leaf, torch.Tensor) else None
+        if not isinstance(leaf, torch.Tensor):
+            return None
+        # Feature maps of any height and width take minutes to export (Swin); images seldom change theirs.
+        return dict.fromkeys(range(leaf.ndim) if leaf.ndim < IMAGE_DIMENSIONS else (0,), torch.export.Dim.AUTO)
 
     shapes: Any = pytree.tree_map(spec, inputs.kwargs if not inputs.args else inputs.args)
     if inputs.args and inputs.kwargs:
