@@ -322,7 +322,7 @@ def _carry_out(
         note(target, Report(plan, *figures, calibrated=bool(maker.statistics), losses=tuple(maker.losses.items())))
 
     try:
-        for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False, disable=len(jobs) < 2):
+        for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False):
             weight = rewrite.build_weight(parameters[name], decisions, maker.make)
             if inplace:
                 rewrite.install(model, name, weight)

@@ -49,7 +49,7 @@ def errors(
     announced = seconds >= ANNOUNCE_SECONDS and parameters[candidates[0].parameter].device.type == "cpu"
     wait = f" (about {seconds / 60:.0f} min)" if announced else ""
     tails = {}
-    for c in tqdm(candidates, desc=f"spectra{wait}", unit="weight", leave=False, disable=len(candidates) < 2):
+    for c in tqdm(candidates, desc=f"spectra{wait}", unit="weight", leave=False):
         seen = calibrated.statistics.get(c.name) if calibrated else None
         known = (None, None) if seen is None else (seen.inputs, seen.gradients)
         tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name], *known)
@@ -66,7 +66,7 @@ def orders(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights = {c.name: c.view.gather(parameters[c.parameter]) for c in candidates if c.name in calibrated.statistics}
     found = []
-    for features in tqdm(hidden, desc="order", unit="hidden layer", leave=False, disable=len(hidden) < 2):
+    for features in tqdm(hidden, desc="order", unit="hidden layer", leave=False):
         rows = [
             form(weights[name], calibrated.statistics[name].inputs, calibrated.statistics[name].gradients)
             for members, form in ((features.writers, written_features), (features.readers, read_features))

@@ -337,6 +337,27 @@ def test_statistics_that_dont_fit_together_are_collected_in_several_passes(monke
         assert torch.equal(seen.gradients, found.statistics[name].gradients)
 
 
+def test_a_pass_over_products_that_the_output_doesnt_need_leaves_the_others_their_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Useless(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unread, self.read = nn.Linear(24, 32), nn.Linear(24, 32)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.unread(x)
+            return self.read(x)
+
+    model, x = Useless().eval(), torch.randn(50, 24)
+    monkeypatch.setattr(calibrate, "_free", lambda device: 2 * 8 * (24**2 + 32**2))
+    with pytest.warns(MonarchWarning, match="can't be differentiated"):
+        found = mfx.calibrate(model, [x], example_inputs=x)
+    assert found.loss is not None
+    assert found.statistics["unread.weight"].gradients is None
+    assert found.statistics["read.weight"].gradients is not None
+
+
 def test_statistics_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_memory", lambda: 2**10)
     model, x = Deeper().eval(), torch.randn(8, 24)

@@ -149,21 +149,21 @@ class _Sums:
     def _counted(self, x: Tensor) -> Tensor:
         return counted(x.detach(), self.mask)
 
-    def clear(self) -> None:
+    def start_again_without_gradients(self) -> None:
         self.inputs.clear()
         self.counts.clear()
         self.gradients.clear()
-        self.tokens = 0
+        self.anchor = self.loss = None
 
     def statistics(self) -> dict[str, Statistics]:
-        """The means, which take the place of the sums."""
+        """The means, which take the place of the sums; nothing is left here."""
         found = {}
         for name, count in self.counts.items():
-            gradients = self.gradients.get(name)
+            inputs, gradients = self.inputs.pop(name), self.gradients.pop(name, None)
             if gradients is not None:
                 gradients = gradients.div_(self.tokens) if gradients.any() else None
             if count:
-                found[name] = Statistics(self.inputs[name].div_(count), gradients)
+                found[name] = Statistics(inputs.div_(count), gradients)
         return found
 
 
@@ -199,22 +199,22 @@ def calibrate(model: nn.Module, candidates: Sequence[Candidate], batches: Iterab
     check_batches(batches, "calibration")
     device = next(model.parameters()).device
     groups = _groups(candidates, device)
-    batches = batches if len(groups) == 1 else list(batches)
-    found: dict[str, Statistics] = {}
-    sums = _Sums(anchor=torch.zeros((), device=device, requires_grad=True))
-    for i, group in enumerate(groups):
-        title = "calibrate" if len(groups) == 1 else f"calibrate, pass {i + 1} of {len(groups)}"
-        _run(model, group, batches, sums, title)
-        statistics = sums.statistics()
-        sums.clear()
-        found |= statistics if len(groups) == 1 else {name: seen.on_cpu() for name, seen in statistics.items()}
+    if len(groups) == 1:
+        found, loss = _run(model, candidates, batches, "calibrate")
+    else:
+        found, loss, batches = {}, None, list(batches)
+        for i, group in enumerate(groups):
+            statistics, felt = _run(model, group, batches, f"calibrate, pass {i + 1} of {len(groups)}")
+            for name in list(statistics):  # the GPU's memory is for those of the next group
+                found[name] = statistics.pop(name).on_cpu()
+            loss = loss or felt  # of some products alone there may be no gradients
     for name, seen in found.items():
         if not all(torch.isfinite(moments).all() for moments in (seen.inputs, seen.gradients) if moments is not None):
             raise ConfigError(
                 f"On the calibration data {name!r} sees, or has loss gradients of, NaN or infinity: mend the data, or "
                 "exclude it."
             )
-    return Calibration(found, sums.loss, checks.fingerprint(model))
+    return Calibration(found, loss, checks.fingerprint(model))
 
 
 def _groups(candidates: Sequence[Candidate], device: torch.device) -> list[list[Candidate]]:
@@ -255,9 +255,12 @@ def _free(device: torch.device) -> float:
     return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any], sums: _Sums, title: str) -> None:
-    """Adds up what the candidates see of all batches."""
+def _run(
+    model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[Any], title: str
+) -> tuple[dict[str, Statistics], str | None]:
+    """What the candidates see of all batches, and what was differentiated."""
     device = next(model.parameters()).device
+    sums = _Sums(anchor=torch.zeros((), device=device, requires_grad=True))
     twin = evaluated(observed(model, candidates, sums.observe)).requires_grad_(False)
     draw = torch.Generator(device).manual_seed(0)  # the same plan every time, and the user's own generator left alone
     first = True
@@ -271,8 +274,7 @@ def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[An
                 if not first or isinstance(error, torch.OutOfMemoryError):
                     raise
                 failed = error.__cause__ or error
-                sums.clear()
-                sums.anchor = sums.loss = None
+                sums.start_again_without_gradients()
         if sums.anchor is None:
             with torch.no_grad():
                 inputs.into(twin)
@@ -286,6 +288,7 @@ def _run(model: nn.Module, candidates: Sequence[Candidate], batches: Iterable[An
         first = False
     if first:
         raise ConfigError("calibration has no batches; an iterator that was read already gives none again.")
+    return sums.statistics(), sums.loss
 
 
 def calibrated(model: nn.Module, candidates: Sequence[Candidate], data: Calibration | Iterable[Any]) -> Calibration:

@@ -92,7 +92,7 @@ def choose(products: Sequence[Refined], weights: Sequence[float], limit: float, 
     if any(product.measure is not None for product in products):
         at = price([product.options for product in products], weights, limit, size)
         rough = [(p, o) for p, weight in zip(products, weights, strict=True) for o in p.contenders(weight, at, size)]
-    with tqdm(total=len(rough), desc="projections", unit="grid", leave=False, disable=not rough) as bar:
+    with tqdm(total=len(rough), desc="projections", unit="grid", leave=False) as bar:
         while True:
             for product, option in rough:
                 product.measured(option)
