@@ -124,6 +124,18 @@ def test_products_together(shapes: tuple[tuple[int, ...], ...], tokens: int) -> 
         check(x, *product, None, "none")
 
 
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_intermediates_that_share_an_allocation_are_aligned(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else kernels are compiled for narrow loads: 20 numbers of 2 bytes are no multiple of 16."""
+    found: list[bool] = []
+    for name in ("first_launch_together", "second_launch_together"):
+        made = getattr(launch, name)
+        monkeypatch.setattr(launch, name, lambda *sizes, made=made: found.append(sizes[-1]) or made(*sizes))
+    x, R, L, biases, y = operands_together(tokens, (((1, 1, 20, 24),) * 3))
+    assert launch.halves(x, R, L, y, [None] * len(biases), None)
+    assert found == [True, True]
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 63])
 @pytest.mark.parametrize("shapes", PAIRS)
 @pytest.mark.parametrize(("activation", "biased"), [("silu", ()), ("gelu", (0,)), ("relu", (1,)), ("silu", (0, 1))])
@@ -205,12 +217,12 @@ def test_a_compiled_kernel_is_kept_and_called_with_addresses() -> None:
             return lambda *operands, **options: self.calls.append((grid, *operands, options)) or self.compiled
 
     a, b = torch.zeros(32, 16, device=DEVICE), torch.zeros(4, device=DEVICE)
-    layouts = ([32, 16], [16, 1], [16, 16]), None
+    layouts = {0: ([32, 16], [16, 1], [16, 16])}
     for aligned, counts in ((True, (1, 2)), (False, (3, 0))):
         kernel = Kernel(compiled := Kernel(None))
         run = launch.Launch(kernel, (2,), layouts, (7,), {"FIRST": 1, "num_warps": 4, "LAST": 2}, aligned)
         for _ in range(3):
-            run(a, b)
+            run((a, b), (a.data_ptr(), b.data_ptr()))
         assert (len(kernel.calls), len(compiled.calls)) == counts
         for grid, described, operand, *rest in kernel.calls:
             assert (grid, described.base is a, operand is b, rest[0]) == ((2, 1, 1), True, True, 7)

@@ -6,7 +6,8 @@ What a launch needs besides addresses follows from sizes, and is worked out once
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class Launch:
     Args:
         kernel: Whose first parameters are tensors, then numbers, then constants.
         grid: Programs, up to three axes.
-        layouts: For each tensor how a descriptor sees it; None: the kernel takes its address.
+        layouts: How descriptors see tensors, by their place; of the others the kernel takes the address.
         numbers: What follows the tensors.
         options: The kernel's constants, and Triton's own options.
         aligned: Whether all tensors of all calls start at multiples of ``ALIGNED``; else Triton looks at each call.
@@ -45,7 +46,7 @@ class Launch:
         self,
         kernel: Any,
         grid: Sequence[int],
-        layouts: Sequence[Layout | None],
+        layouts: dict[int, Layout],
         numbers: Sequence[int],
         options: dict[str, Any],
         aligned: bool,
@@ -59,23 +60,19 @@ class Launch:
         self.compiled: Any = None
         self.rest: tuple[Any, ...] = ()  # what follows the tensors in its calls
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
+        """``addresses`` are those of the tensors."""
+        operands: list[Any] = [*(tensors if self.compiled is None else addresses)]
+        for place, layout in self.layouts.items():
+            operands[place] = TensorDescriptor(tensors[place], *layout)
         if self.compiled is not None:
-            self.compiled(*map(_address, tensors, self.layouts), *self.rest)
+            self.compiled(*operands, *self.rest)
             return
-        operands = [
-            tensor if layout is None else TensorDescriptor(tensor, *layout)
-            for tensor, layout in zip(tensors, self.layouts, strict=True)
-        ]
         compiled = self.kernel[self.grid](*operands, *self.numbers, **self.options)
         if self.aligned and compiled is not None:  # the interpreter compiles nothing
             constants = [self.options[name] for name in self.kernel.arg_names if name in self.options]
             self.rest = (*self.numbers, *constants)
             self.compiled = compiled[self.grid]
-
-
-def _address(tensor: Tensor, layout: Layout | None) -> Any:
-    return tensor.data_ptr() if layout is None else TensorDescriptor(tensor, *layout)
 
 
 def first_half(x: Tensor, R: Tensor, t: Tensor) -> bool:
@@ -84,28 +81,23 @@ def first_half(x: Tensor, R: Tensor, t: Tensor) -> bool:
     Returns:
         Whether there is a kernel that does so well; so do the others.
     """
-    launch = first_launch(len(x), x.stride(0), R.shape, t.stride(), x.dtype, x.device, _aligned(x, R, t))
-    return launch is not None and _on_its_device(launch, x, R, t)
+    return _launched(first_launch, (x, R, t), x.shape[0], x.stride(0), R.shape, t.stride())
 
 
 def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> bool:
     """t (n_out, tokens, n_in * rank) with L (n_out, n_in, rank, s) into y (tokens, n_out * s)."""
-    extra, kinds, aligned = _epilogue(y, bias, gate, activation)
-    aligned = aligned and _aligned(t, L, y)
+    extra, kinds = _epilogue(y, bias, gate, activation)
     strides = t.stride(), y.stride(0), extra[1].stride(0)
-    launch = second_launch(t.shape[1], L.shape, strides, kinds, t.dtype, t.device, aligned)
-    return _on_its_device(launch, t, L, y, *extra)
+    return _launched(second_launch, (t, L, y, *extra), t.shape[1], L.shape, strides, kinds)
 
 
 def whole(
     x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
 ) -> bool:
     """x (tokens, n_in * p) with both factors into y (tokens, n_out * s), by one kernel."""
-    extra, kinds, aligned = _epilogue(y, bias, gate, activation)
-    aligned = aligned and _aligned(x, R, L, y)
+    extra, kinds = _epilogue(y, bias, gate, activation)
     strides = x.stride(0), y.stride(0), extra[1].stride(0)
-    launch = whole_launch(len(x), R.shape, L.shape[3], strides, kinds, x.dtype, x.device, aligned)
-    return launch is not None and _on_its_device(launch, x, R, L, y, *extra)
+    return _launched(whole_launch, (x, R, L, y, *extra), x.shape[0], R.shape, L.shape[3], strides, kinds)
 
 
 def halves(
@@ -120,23 +112,25 @@ def halves(
 
     With ``gated``, an activation, the one result is ``gated(first product) * second product``.
     """
-    tokens, dtype, device = len(x), x.dtype, x.device
-    t = [x.new_empty(factor.shape[1], tokens, factor.shape[0] * factor.shape[2]) for factor in R]
-    shapes = tuple(factor.shape for factor in R)
-    launch = first_launch_together(tokens, x.stride(0), shapes, dtype, device, _aligned(x, *R, *t))
-    _on_its_device(launch, x, *_filled(R), *_filled(t))
+    tokens, shapes = x.shape[0], tuple([factor.shape for factor in R])
+    # one allocation, since they take the host time; every intermediate starts at a multiple of ALIGNED
+    sizes = [-(-tokens * n_in * n_out * rank // ALIGNED) * ALIGNED for n_in, n_out, rank, _ in shapes]
+    t = x.new_empty(sum(sizes)).split_with_sizes(sizes)
+    _launched(first_launch_together, (x, *_filled(R), *_filled(t)), tokens, x.stride(0), shapes)
     extra = [y[-1] if bias is None else bias for bias in biases]
-    kinds = tuple(bias is not None for bias in biases)
-    shapes, aligned = tuple(factor.shape for factor in L), _aligned(*t, *L, *y, *extra)
+    shapes, kinds = tuple([factor.shape for factor in L]), tuple([bias is not None for bias in biases])
     if gated is None:
-        launch = second_launch_together(tokens, shapes, kinds, dtype, device, aligned)
-        return _on_its_device(launch, *_filled(t), *_filled(L), *_filled(y), *_filled(extra))
-    last = gated_launch(tokens, shapes, kinds, gated, dtype, device, aligned)
-    if last is not None:
-        return _on_its_device(last, *t, *L, *y, *extra)
+        operands = (*_filled(t), *_filled(L), *_filled(y), *_filled(extra))
+        return _launched(second_launch_together, operands, tokens, shapes, kinds)
+    if _launched(gated_launch, (*t, *L, *y, *extra), tokens, shapes, kinds, gated):
+        return True
     gate = torch.empty_like(y[0])
-    second_half(t[0], L[0], gate, biases[0], None, "none")
-    return second_half(t[1], L[1], y[0], biases[1], gate, gated)
+    middle = [
+        part[: n_out * tokens * n_in * rank].view(n_out, tokens, n_in * rank)
+        for part, (n_out, n_in, rank, _) in zip(t, shapes, strict=True)
+    ]
+    second_half(middle[0], L[0], gate, biases[0], None, "none")
+    return second_half(middle[1], L[1], y[0], biases[1], gate, gated)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -160,17 +154,16 @@ def first_launch(
     options = _options(tile, device)
     if tile.per_unit:
         most = tile.per_unit * _units(device)  # a constant: one that went with the tokens would compile anew for each
-        layouts = (
-            ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
-            ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
-            None,
-        )
+        layouts = {
+            0: ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
+            1: ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
+        }
         options |= {"N_IN": n_in, "UNITS": most}
         walkers = min(tile.count(tokens, width, n_in), most)
         return Launch(persistent.first, (walkers,), layouts, (*numbers, *strides), options, aligned)
     grid = triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M)
     options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
-    return Launch(tiles.first, grid, [None] * 3, (*numbers, stride_x, *strides), options, aligned)
+    return Launch(tiles.first, grid, {}, (*numbers, stride_x, *strides), options, aligned)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -193,20 +186,18 @@ def second_launch(
     options = {**_options(tile, device), **_constants(kinds)}
     if tile.per_unit:
         most = tile.per_unit * _units(device)
-        layouts = (
-            ([n_out, tokens, depth], list(strides_t), [1, tile.M, tile.K]),
-            ([n_out, depth, s], [depth * s, s, 1], [1, tile.K, tile.N]),
-            ([tokens, n_out * s], [stride_y, 1], [tile.M, tile.N]),
-            None,
-            None,
-        )
+        layouts = {
+            0: ([n_out, tokens, depth], list(strides_t), [1, tile.M, tile.K]),
+            1: ([n_out, depth, s], [depth * s, s, 1], [1, tile.K, tile.N]),
+            2: ([tokens, n_out * s], [stride_y, 1], [tile.M, tile.N]),
+        }
         options |= {"N_OUT": n_out, "UNITS": most}
         walkers = min(tile.count(tokens, s, n_out), most)
         return Launch(persistent.second, (walkers,), layouts, (tokens, depth, s, stride_gate), options, aligned)
     grid = triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M)
     options["EVEN"] = depth % tile.K == 0 and s % tile.N == 0
     numbers = tokens, depth, s, strides_t[1], strides_t[0], stride_y, stride_gate
-    return Launch(tiles.second, grid, [None] * 5, numbers, options, aligned)
+    return Launch(tiles.second, grid, {}, numbers, options, aligned)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -226,14 +217,12 @@ def whole_launch(
     if not described or p % FUSED_K or s % FUSED_N:
         return None
     held = max(16, triton.next_power_of_2(rank))
-    layouts = (
-        ([tokens, n_in * p], [stride_x, 1], [FUSED_M, FUSED_K]),
-        ([n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1], [1, 1, held, FUSED_K]),
-        ([n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1], [1, 1, held, FUSED_N]),
-        ([tokens, n_out * s], [stride_y, 1], [FUSED_M, FUSED_N]),
-        None,
-        None,
-    )
+    layouts = {
+        0: ([tokens, n_in * p], [stride_x, 1], [FUSED_M, FUSED_K]),
+        1: ([n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1], [1, 1, held, FUSED_K]),
+        2: ([n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1], [1, 1, held, FUSED_N]),
+        3: ([tokens, n_out * s], [stride_y, 1], [FUSED_M, FUSED_N]),
+    }
     options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held, **_early(device), **_constants(kinds)}
     options |= {"M": FUSED_M, "N": FUSED_N, "K": FUSED_K, "STAGES": FUSED_STAGES, "num_warps": 4}
     grid = n_out, triton.cdiv(tokens, FUSED_M)
@@ -257,7 +246,7 @@ def first_launch_together(
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
     options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
     numbers = tokens, stride_x, *_filled(p), *_filled(width), *_filled(rank), *_filled(n_in)
-    return Launch(together.first, (programs,), [None] * 7, numbers, options, aligned)
+    return Launch(together.first, (programs,), {}, numbers, options, aligned)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -278,7 +267,7 @@ def second_launch_together(
     options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
     options |= {"BIAS": _bits(biases), "FAST": not INTERPRETED}
     numbers = tokens, *_filled(depth), *_filled(s), *_filled(n_out)
-    return Launch(together.second, (programs,), [None] * 12, numbers, options, aligned)
+    return Launch(together.second, (programs,), {}, numbers, options, aligned)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -301,7 +290,7 @@ def gated_launch(
     options = {**_options(tile, device), "EVEN": _bits(even), "BIAS": _bits(biases)}
     options |= {"ACT": activation, "FAST": not INTERPRETED}
     grid = triton.cdiv(s[1], tile.N), n_out[1]
-    return Launch(together.gated, grid, [None] * 7, (tokens, *depth, *s, n_out[1]), options, aligned)
+    return Launch(together.gated, grid, {}, (tokens, *depth, *s, n_out[1]), options, aligned)
 
 
 def _filled(values: Sequence[Any]) -> Sequence[Any]:
@@ -313,14 +302,18 @@ def _bits(flags: Sequence[bool]) -> int:
     return sum(flag << i for i, flag in enumerate(flags))
 
 
-def _on_its_device(launch: Launch, *tensors: Tensor) -> bool:
-    """Triton launches on the current device, whatever the tensors are on."""
-    index = tensors[0].get_device()
+def _launched(find: Callable[..., Launch | None], operands: Sequence[Tensor], *sizes: Any) -> bool:
+    """Launches what ``find`` has for such sizes; False where it has nothing."""
+    x, addresses = operands[0], [operand.data_ptr() for operand in operands]
+    launch = find(*sizes, x.dtype, x.device, functools.reduce(operator.or_, addresses) % ALIGNED == 0)
+    if launch is None:
+        return False
+    index = x.get_device()
     if index < 0 or index == torch.cuda.current_device():
-        launch(*tensors)
-    else:
+        launch(operands, addresses)
+    else:  # Triton launches on the current device, whatever the tensors are on
         with torch.cuda.device(index):
-            launch(*tensors)
+            launch(operands, addresses)
     return True
 
 
@@ -334,10 +327,6 @@ def has_hopper_features(device: torch.device) -> bool:
 @functools.cache
 def _units(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _aligned(*tensors: Tensor) -> bool:
-    return functools.reduce(int.__or__, [tensor.data_ptr() for tensor in tensors]) % ALIGNED == 0
 
 
 def _describable(dtype: torch.dtype, device: torch.device, *strides: int) -> bool:
@@ -360,10 +349,10 @@ def _early(device: torch.device) -> dict[str, Any]:
 
 def _epilogue(
     y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
-) -> tuple[tuple[Tensor, Tensor], tuple[bool, str, bool], bool]:
-    """The operands of ``epilogue.finished`` (anything where there is none), its kinds, and whether they are aligned."""
+) -> tuple[tuple[Tensor, Tensor], tuple[bool, str, bool]]:
+    """The operands of ``epilogue.finished`` (anything where there is none), and its kinds."""
     extra = y if bias is None else bias, y if gate is None else gate
-    return extra, (bias is not None, activation, gate is not None), _aligned(*extra)
+    return extra, (bias is not None, activation, gate is not None)
 
 
 def _constants(kinds: tuple[bool, str, bool]) -> dict[str, Any]:
