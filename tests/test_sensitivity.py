@@ -358,6 +358,16 @@ def test_a_pass_over_products_that_the_output_doesnt_need_leaves_the_others_thei
     assert found.statistics["read.weight"].gradients is not None
 
 
+def test_losses_that_are_not_those_of_all_products_say_so() -> None:
+    model, x = Deeper().eval(), torch.randn(200, 24)
+    config = mfx.MonarchConfig(nblocks=2, rank=4)
+    partly = mfx.calibrate(model, [x], example_inputs=x, include=["body.weight"])
+    for calibration, text in ((partly, ", of 1 of 2 products"), ([x], "")):
+        made = mfx.report(mfx.monarchify(model, config=config, example_inputs=x, calibration=calibration))
+        assert f"+{made.plan.loss:.3g} predicted to second order{text}\n" in str(made.plan)
+        assert f"+{made.loss:.3g} to second order, from the factors{text}\n" in str(made)
+
+
 def test_statistics_larger_than_the_machine_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "_memory", lambda: 2**10)
     model, x = Deeper().eval(), torch.randn(8, 24)

@@ -37,11 +37,16 @@ def report_table(report: Report) -> str:
         dataclasses.replace(d, error=errors[d.candidate.name]) for d in plan.rewritten if d.candidate.name in errors
     ]
     undone = [d for d in plan.rewritten if d.candidate.name not in errors]
+    known = _of_all(len(report.losses), len(plan.rewritten))
     how = "projected" if report.init == "project" else "given random factors"
     rows = [
         ("done", f"{len(done)} of {len(plan.rewritten)} planned products {how} in {report.seconds:.1f} s"),
         ("parameters", f"{report.params_before:,} -> {report.params_after:,}"),
-        *(() if report.loss is None else (("loss as made", f"+{report.loss:.3g} to second order, from the factors"),)),
+        *(
+            ()
+            if report.loss is None
+            else (("loss as made", f"+{report.loss:.3g} to second order, from the factors{known}"),)
+        ),
         *(() if report.measured_loss is None else (("loss measured", f"+{report.measured_loss:.3g}"),)),
         *(() if report.recovery is None else (("recovered", _recovered(report.recovery)),)),
         ("made with", ", ".join(f"{name} {version}" for name, version in report.versions)),
@@ -88,6 +93,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
     asked = "structure forced" if plan.budget is None else f"asked {plan.budget:g}"
     limited = "dense time (predicted)" if plan.objective == "latency" else "eligible parameters"
     tokens = _mix(plan.tokens)
+    known = _of_all(sum(d.loss is not None for d in plan.rewritten), len(plan.rewritten))
     return [
         ("budget", f"{asked}, reached {_unless_nan(plan.reached, f'{plan.reached:.3f}')} of the {limited}"),
         (
@@ -107,7 +113,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
         *(
             ()
             if plan.loss is None
-            else (("loss", f"{_unless_nan(plan.loss, f'+{plan.loss:.3g}')} predicted to second order"),)
+            else (("loss", f"{_unless_nan(plan.loss, f'+{plan.loss:.3g}')} predicted to second order{known}"),)
         ),
         *((("reordered", f"hidden layers, for the blocks' sake: {len(plan.orders)}"),) if plan.orders else ()),
         ("errors", plan.error_source),
@@ -190,6 +196,11 @@ def _tokens(plan: Plan, candidate: Candidate) -> str:
 
 def _mix(tokens: Sequence[tuple[int, float]]) -> str:
     return ", ".join(f"{count:,}" + (f" (weight {weight:.3g})" if weight != 1 else "") for count, weight in tokens)
+
+
+def _of_all(known: int, products: int) -> str:
+    """Says so where a sum is not over all products: some saw no data, or the loss doesn't depend on them."""
+    return "" if known == products else f", of {known} of {products} products"
 
 
 def _break_even(decision: Decision) -> str:
