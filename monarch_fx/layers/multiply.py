@@ -64,7 +64,7 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
         L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
         if match.flipped:  # the transposed matrix has the same factors, in the other order
             R, L = L, R
-        out = out_features[match.flipped]
+        out = out_features[1] if match.flipped else out_features[0]
         x = _widened(x, R)
         if offs is not None:
             return monarch_grouped_mm(x, R, L, offs, out_features=out)
