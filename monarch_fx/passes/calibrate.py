@@ -221,24 +221,25 @@ def _groups(candidates: Sequence[Candidate], device: torch.device) -> list[list[
     """As many candidates together as the statistics of which fit into half of a GPU's free memory; all on a CPU.
 
     Raises:
-        ConfigError: All statistics are larger than the machine's memory.
+        ConfigError: The statistics go to the machine's memory, and are larger than it is.
     """
     sizes = [(c.in_features**2 + c.out_features**2) * torch.float64.itemsize for c in candidates]
-    needed, there = sum(sizes), _memory()
-    if there is not None and needed > there:
-        raise ConfigError(
-            f"The statistics of {len(sizes)} products take {needed / 2**30:.3g} GiB, this machine has "
-            f"{there / 2**30:.3g}: calibrate fewer products (include=, exclude=); the others are projected plainly."
-        )
-    room = _free(device) / 2  # activations and their gradients need memory, too
+    free = _free(device)
     groups: list[list[Candidate]] = [[]]
     taken = 0
     for candidate, size in zip(candidates, sizes, strict=True):
-        if groups[-1] and taken + size > room:
+        if groups[-1] and taken + size > free / 2:  # activations and their gradients need memory, too
             groups.append([])
             taken = 0
         groups[-1].append(candidate)
         taken += size
+    needed, there = sum(sizes), _memory()
+    stay_on_gpu = len(groups) == 1 and math.isfinite(free)
+    if there is not None and needed > there and not stay_on_gpu:
+        raise ConfigError(
+            f"The statistics of {len(sizes)} products take {needed / 2**30:.3g} GiB, this machine has "
+            f"{there / 2**30:.3g}: calibrate fewer products (include=, exclude=); the others are projected plainly."
+        )
     return groups
 
 
