@@ -37,7 +37,7 @@ PARAGRAPHS, SENTENCES = 256, 32  # MiniLM: of calibration and of test text; in o
 TIMED = (0.5,)  # budgets; every layer of a mixed plan has to be compiled by itself
 TIMED_TOKENS, ROUNDS = (16384, 30) if DEVICE == "cuda" else (1024, 5)
 RECOMPILES = 256  # of the same code: the layers of all plans
-RECOVERED, MINUTES = (0.5,), 1 if DEVICE == "cuda" else 5  # budgets, and how long their best two methods are distilled
+RECOVERED, MINUTES = (0.5,), 5  # budgets, and how long their best two methods are distilled
 RECOVERY_TEXTS = 400  # sequences or batches of the calibration articles
 LOW_RANK, OURS = "low rank by loss, our plan, in order", "ours"
 IN_TIME = "ours, in the predicted time of low rank"  # at equal time, not at equal parameters
