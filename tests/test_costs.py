@@ -573,11 +573,12 @@ class TestMeasure:
         assert DeviceProfile.from_json(file.read_text()) == profile
 
     def test_the_key_holds_the_threads(self, quick: SimpleNamespace, cache: Path) -> None:
-        measure_device("cpu")
+        profile = measure_device("cpu")
         threads = torch.get_num_threads()
         torch.set_num_threads(threads + 1)
         try:
             assert resolve("auto", "cpu") is SHIPPED["cpu"]
+            assert resolve(profile.name, "cpu") == profile  # by name, whatever the machine is like now
         finally:
             torch.set_num_threads(threads)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from zoo import HALF_GRID
 import monarch_fx as mfx
 from examples import training
 from monarch_fx import errors
+from monarch_fx.costs.shipped import SHIPPED
 
 # (in, out, nblocks_out, nblocks_in, rank): square, ragged, tall and wide, rank one, ranks beyond a block's
 SHAPES = [
@@ -256,6 +258,18 @@ def test_summary_counts_forward_and_both_gradients() -> None:
     assert summary.time_s == pytest.approx(sum(d.time_s for d in trained.decisions))
     assert "for h100, float32, 10 tokens" in str(summary)
     assert f"{summary.flops / summary.dense_flops:.2f}" in str(summary)
+
+
+def test_summary_is_of_the_device_that_was_planned_for() -> None:
+    """Not of the one that the model is on; what can't be known is asked for."""
+    mine = dataclasses.replace(SHIPPED["h100"], name="mine")
+    rewritten = mfx.monarchify(zoo.mlp(), config=HALF_GRID, init="random", device=mine)
+    with pytest.raises(errors.DeviceProfileError, match="Unknown device profile 'mine'"):
+        mfx.training_summary(rewritten)
+    summary = mfx.training_summary(rewritten, mine)
+    assert summary.device == "mine"
+    assert summary.time_s == mfx.training_summary(rewritten, "h100").time_s
+    assert summary.time_s != mfx.training_summary(rewritten, "cpu").time_s
 
 
 def test_a_model_that_was_not_rewritten_has_no_summary() -> None:

@@ -57,7 +57,7 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
         units=torch.cuda.get_device_properties(target).multi_processor_count if target.type == "cuda" else 1,
     )
     try:
-        _store(target, profile)
+        _store(profile)
     except OSError as error:
         warnings.warn(f"The profile can't be kept for the next time: {error}.", MonarchWarning, stacklevel=2)
     return profile
@@ -65,21 +65,25 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
 
 def cached_profile(device: torch.device) -> DeviceProfile | None:
     """What ``measure_device`` has stored for ``device``; None where there is nothing, or nothing that can be read."""
-    if device.type not in WORKBENCHES:
-        return None
+    return stored_profile(_description(device)) if device.type in WORKBENCHES else None
+
+
+def stored_profile(name: str) -> DeviceProfile | None:
+    """The same by the profile's name, whatever devices there are now."""
     try:
-        return DeviceProfile.from_json(_cache_file(device).read_text())
+        profile = DeviceProfile.from_json(_cache_file(name).read_text())
     except (OSError, UnicodeDecodeError, DeviceProfileError):
         return None
+    return profile if profile.name == name else None
 
 
-def _cache_file(device: torch.device) -> Path:
-    key = f"{_description(device)} torch {torch.__version__}"
+def _cache_file(name: str) -> Path:
+    key = f"{name} torch {torch.__version__}"
     return Path(platformdirs.user_cache_dir("monarch_fx")) / f"{re.sub(r'[^a-z0-9.+]+', '-', key.lower())}.json"
 
 
-def _store(device: torch.device, profile: DeviceProfile) -> None:
-    path = _cache_file(device)
+def _store(profile: DeviceProfile) -> None:
+    path = _cache_file(profile.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
         file.write(profile.to_json())

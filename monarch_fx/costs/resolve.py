@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from monarch_fx.costs.measure import cached_profile
+from monarch_fx.costs.measure import cached_profile, stored_profile
 from monarch_fx.costs.profile import DeviceProfile
 from monarch_fx.costs.shipped import SHIPPED
 from monarch_fx.errors import DeviceProfileError
@@ -14,8 +14,8 @@ def resolve(device: str | DeviceProfile, torch_device: torch.device | str) -> De
     """The profile that ``device`` names.
 
     Args:
-        device: A profile, the name of a shipped one, or ``"auto"``: what ``measure_device`` has stored for
-            ``torch_device``, else the shipped profile that fits it.
+        device: A profile, the name of a shipped one, that of one which ``measure_device`` has stored, or ``"auto"``: what
+            it has stored for ``torch_device``, else the shipped profile that fits it.
         torch_device: Where the model is. A model on ``meta`` is planned for the GPU where there is one, else the CPU.
 
     Raises:
@@ -23,13 +23,14 @@ def resolve(device: str | DeviceProfile, torch_device: torch.device | str) -> De
     """
     if isinstance(device, DeviceProfile):
         return device
-    if not isinstance(device, str) or (device != "auto" and device not in SHIPPED):
-        raise DeviceProfileError(
-            f'Unknown device profile {device!r}. Known: "auto", {", ".join(map(repr, SHIPPED))}; '
-            "or pass a DeviceProfile, such as measure_device() returns."
-        )
     if device != "auto":
-        return SHIPPED[device]
+        named = (SHIPPED.get(device) or stored_profile(device)) if isinstance(device, str) else None
+        if named is None:
+            raise DeviceProfileError(
+                f'Unknown device profile {device!r}. Known: "auto", {", ".join(map(repr, SHIPPED))}, and the names of '
+                "profiles that measure_device() has stored here; or pass a DeviceProfile, such as it returns."
+            )
+        return named
     torch_device = torch.device(torch_device)
     if torch_device.type == "meta":
         torch_device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

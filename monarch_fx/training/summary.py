@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from torch import nn
 
-from monarch_fx.costs import resolve
-from monarch_fx.costs.shipped import SHIPPED
+from monarch_fx.costs import DeviceProfile, resolve
 from monarch_fx.planning.workload import Run
 from monarch_fx.records import Decision, TrainingSummary
 from monarch_fx.rewritten import report
 
 
-def training_summary(model: nn.Module) -> TrainingSummary:
+def training_summary(model: nn.Module, device: str | DeviceProfile | None = None) -> TrainingSummary:
     """Parameters, FLOPs and predicted time of a training step in the products of a rewritten model.
 
-    For the tokens, the dtype and the device of its plan; a profile that doesn't come with the library is taken for the
-    device that the model is on.
+    For the tokens and the dtype of its plan.
+
+    Args:
+        model: Made by ``monarchify``.
+        device: As of ``monarch_fx.plan``; default the one that the model was planned for.
 
     Raises:
         MonarchError: The model was not made by ``monarchify``, or is dense again.
-        DeviceProfileError: No profile fits the device.
+        DeviceProfileError: There is no such profile here, such as one that was measured on another machine.
     """
     done = report(model)
     plan = done.plan
-    device = plan.device if plan.device in SHIPPED else "auto"
-    profile = resolve(device, next(model.parameters()).device)
+    profile = resolve(plan.device if device is None else device, next(model.parameters()).device)
     run = Run(profile, dict(plan.tokens), "training", plan.dtype)
 
     def flops(decision: Decision, params: int) -> float:
