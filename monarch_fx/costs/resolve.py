@@ -14,8 +14,8 @@ def resolve(device: str | DeviceProfile, torch_device: torch.device | str) -> De
     """The profile that ``device`` names.
 
     Args:
-        device: A profile, the name of a shipped one or of one that ``measure_device`` has stored, or ``"auto"``: what it
-            has stored for ``torch_device``, else the shipped profile that fits it.
+        device: A profile, the name of a shipped one or of one that ``measure_device`` has stored, or ``"auto"``: what
+            it has stored for ``torch_device``, else the shipped profile that fits it.
         torch_device: Where the model is. A model on ``meta`` is planned for the GPU where there is one, else the CPU.
 
     Raises:
