@@ -12,7 +12,7 @@ from monarch_fx.errors import PlanMismatchError
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ class Decision:
             dense.
         dense_s: Predicted seconds of all its calls in one run, dense.
         time_s: The same as decided.
-        break_even: Tokens from which the structure is predicted faster than dense; None: never, or dense.
+        pays: At how many rows a call the structure is predicted faster than dense, as ranges of the first and the last
+            (None: without end): those that the plan is made for lie in, and the one without end.
         loss: Second-order increase of the model's loss that this decision costs by itself, a token; None where no
             calibration data tell.
     """
@@ -115,7 +116,7 @@ class Decision:
     error: float
     dense_s: float
     time_s: float
-    break_even: int | None
+    pays: tuple[tuple[int, int | None], ...]
     loss: float | None = None
 
     @property
@@ -241,7 +242,7 @@ class Plan:
             reason="edited",
             error=0.0 if shape is None else nan,
             time_s=old.dense_s if shape is None else nan,
-            break_even=None,
+            pays=(),
             loss=None if old.loss is None else 0.0 if shape is None else nan,
         )
         decisions = tuple(new if d is old else d for d in self.decisions)
@@ -291,6 +292,7 @@ def _plan(data: dict[str, Any]) -> Plan:
         batch, out, inp = (tuple(map(tuple, view[name])) for name in ("batch", "out", "inp"))
         calls = tuple(Call(**call) for call in candidate.pop("calls"))
         shape = item.pop("shape")
+        item["pays"] = tuple(map(tuple, item["pays"]))
         made = Candidate(
             **{**candidate, "parameter_shape": tuple(candidate["parameter_shape"])},
             view=MatrixView(batch, out, inp, view["offset"]),

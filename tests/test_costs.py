@@ -1,6 +1,7 @@
 """Cost formulas against hand counts, profiles, predictions and the measurement of a device."""
 
 import dataclasses
+import itertools
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,6 @@ from monarch_fx import plan as plan_model
 from monarch_fx.costs import (
     DeviceProfile,
     Surroundings,
-    break_even_tokens,
     dense_seconds,
     fit,
     formulas,
@@ -25,6 +25,7 @@ from monarch_fx.costs import (
     measure,
     measure_device,
     monarch_seconds,
+    paying_tokens,
     resolve,
     symbols,
     timing,
@@ -203,30 +204,26 @@ class TestSeconds:
         assert predicted * 1e6 == pytest.approx(microseconds, rel=0.2)
 
 
-class TestBreakEven:
+class TestPayingTokens:
     @pytest.mark.parametrize("name", SHIPPED)
     @pytest.mark.parametrize("shape", [MonarchShape(768, 768, 1, 1, 192), MonarchShape(1024, 4096, 2, 2, 128)], ids=str)
-    def test_both_sides(self, name: str, shape: MonarchShape) -> None:
-        profile = SHIPPED[name]
-        start = break_even_tokens(profile, shape, dtype="bfloat16")
-
-        def gain(tokens: np.ndarray) -> np.ndarray:
-            dense = dense_seconds(profile, tokens, shape.in_features, shape.out_features, dtype="bfloat16")
-            return np.asarray(dense - monarch_seconds(profile, tokens, shape, dtype="bfloat16"))
-
-        if start is None:
-            assert gain(np.array([MOST_TOKENS])) <= 0
-            return
-        assert np.all(gain(np.arange(start, MOST_TOKENS + 1)) > 0)
-        if start > 1:
-            assert gain(np.array([start - 1])) <= 0
+    def test_ranges_are_where_the_product_is_faster(self, name: str, shape: MonarchShape) -> None:
+        profile, tokens = SHIPPED[name], np.arange(1, MOST_TOKENS + 1)
+        dense = dense_seconds(profile, tokens, shape.in_features, shape.out_features, dtype="bfloat16")
+        faster = np.asarray(dense > monarch_seconds(profile, tokens, shape, dtype="bfloat16"))
+        listed = np.zeros_like(faster)
+        ranges = paying_tokens(profile, shape, dtype="bfloat16")
+        for first, last in ranges:
+            listed[first - 1 : last] = True
+        assert np.array_equal(listed, faster)
+        assert all(last is not None and last + 1 < first for (_, last), (first, _) in itertools.pairwise(ranges))
 
     def test_low_rank_pays_everywhere_at_some_number(self) -> None:
-        starts = [break_even_tokens(p, MonarchShape(768, 768, 1, 1, 192), dtype="bfloat16") for p in SHIPPED.values()]
-        assert None not in starts
+        for profile in SHIPPED.values():
+            assert paying_tokens(profile, MonarchShape(768, 768, 1, 1, 192), dtype="bfloat16")[-1][1] is None
 
     def test_more_parameters_than_dense_never_pay(self) -> None:
-        assert break_even_tokens(SHIPPED["cpu"], MonarchShape(64, 64, 2, 2, 32)) is None
+        assert paying_tokens(SHIPPED["cpu"], MonarchShape(64, 64, 2, 2, 32)) == ()
 
 
 class TestProfile:

@@ -1,5 +1,6 @@
 """Which structures are considered, the knapsack against brute force, and the decisions of a plan."""
 
+import dataclasses
 import itertools
 import math
 import time
@@ -231,7 +232,7 @@ class TestDecide:
         decisions = decided([once, often], 0.6)
         assert decisions["often"].params > decisions["once"].params
 
-    def test_times_and_break_even_are_those_of_the_cost_model(self, block: list[Candidate]) -> None:
+    def test_times_are_those_of_the_cost_model(self, block: list[Candidate]) -> None:
         cpu = SHIPPED["cpu"]
         tokens = {64: 3.0, 2048: 1.0}
         for d in decided(block, tokens=tokens).values():
@@ -241,8 +242,22 @@ class TestDecide:
             if d.shape is not None:
                 monarch = sum(w / 4 * monarch_seconds(cpu, t, d.shape) for t, w in tokens.items())
                 assert d.time_s == pytest.approx(monarch, rel=1e-12)
-                assert d.break_even is not None
-                assert monarch_seconds(cpu, d.break_even, d.shape) < dense_seconds(cpu, d.break_even, *size)
+                assert d.pays == ((d.pays[0][0], None),)
+                assert monarch_seconds(cpu, d.pays[0][0], d.shape) < dense_seconds(cpu, d.pays[0][0], *size)
+
+    def test_where_a_structure_pays_the_tokens_planned_for_are_in(self) -> None:
+        """A product that shares launches with two others pays at few tokens and at many ones, and not between them."""
+        product = dataclasses.replace(candidate("k", 4096, 1024), together=3)
+        few, many = (
+            decided([product], profile="h100", dtype="bfloat16", tokens={tokens: 1.0})["k"] for tokens in (1, 4096)
+        )
+        (first, last), (again, end) = few.pays
+        assert (first, end) == (1, None)
+        assert last is not None
+        assert last < again
+        ((start, end),) = many.pays
+        assert start <= 4096
+        assert end is None
 
     def test_times_add_up_over_calls(self) -> None:
         twice = decided([candidate("w", 256, 256, shares=[1.0, 0.25])], 1.0)["w"]

@@ -19,7 +19,8 @@ def candidate(name: str, in_features: int, out_features: int, *, calls: int = 1,
 
 def rewritten(name: str, *, batch: int = 1, calls: int = 1) -> Decision:
     shape = MonarchShape(768, 3072, nblocks_out=4, nblocks_in=4, rank=32)
-    return Decision(candidate(name, 768, 3072, batch=batch, calls=calls), shape, "chosen", 0.3125, 2e-3, 1e-3, 384)
+    pays = (1, 64), (384, None)
+    return Decision(candidate(name, 768, 3072, batch=batch, calls=calls), shape, "chosen", 0.3125, 2e-3, 1e-3, pays)
 
 
 def make_plan(decisions: list[Decision], declined: tuple[Declined, ...] = (), **changes: object) -> Plan:
@@ -46,12 +47,12 @@ def row(text: str, start: str) -> str:
 def test_a_rewritten_product_shows_its_structure_and_what_it_gains():
     line = row(str(make_plan([rewritten("up.weight")])), "up.weight")
 
-    for part in ("linear", "768 -> 3072", "2048", "4x4 r32", "2.36M->492k", "0.312", "2.00->1.00", "384 tokens"):
+    for part in ("linear", "768 -> 3072", "2048", "4x4 r32", "2.36M->492k", "0.312", "2.00->1.00", "1-64, 384+"):
         assert part in line
 
 
 def test_dense_and_declined_products_show_why():
-    dense = Decision(candidate("pooler.weight", 64, 64), None, "slower at 8 tokens", 0.0, 1e-5, 1e-5, None)
+    dense = Decision(candidate("pooler.weight", 64, 64), None, "slower at 8 tokens", 0.0, 1e-5, 1e-5, ())
     declined = (
         Declined("head.weight", "linear", 64, 1000, 64000, 1, "tied to embedding.weight"),
         Declined("scores", "matmul", 64, 128, 0, 12, "both operands are activations"),
@@ -115,7 +116,7 @@ def test_a_report_shows_what_was_done_and_what_was_not():
 def test_every_line_fits_and_is_plain_text():
     decisions = [rewritten(LONG.format(i), calls=i + 1) for i in range(12)]
     reason = "predicted slower than dense at 8 tokens, where launching two products costs more than they save; " * 2
-    decisions += [Decision(candidate(LONG.format("99"), 64, 64), None, reason, 0.0, 1e-5, 1e-5, None)]
+    decisions += [Decision(candidate(LONG.format("99"), 64, 64), None, reason, 0.0, 1e-5, 1e-5, ())]
     declined = (Declined(LONG.format("99") + "[0:64]", "linear", 64, 64, 4096, 1, reason),)
     text = str(make_plan(decisions, declined, error_source="estimated by a prior " * 12))
 

@@ -1,16 +1,16 @@
 """What dense and Monarch products cost on a device: formulas, profiles and their measurement. No graphs here."""
 
 from monarch_fx.costs.measure import measure_device
-from monarch_fx.costs.predict import Surroundings, break_even_tokens, dense_seconds, monarch_seconds
+from monarch_fx.costs.predict import Surroundings, dense_seconds, monarch_seconds, paying_tokens
 from monarch_fx.costs.profile import DeviceProfile
 from monarch_fx.costs.resolve import resolve
 
 __all__ = [
     "DeviceProfile",
     "Surroundings",
-    "break_even_tokens",
     "dense_seconds",
     "measure_device",
     "monarch_seconds",
+    "paying_tokens",
     "resolve",
 ]

@@ -1,4 +1,4 @@
-"""Predicted seconds of products on a device, and from how many tokens a Monarch product is the faster one."""
+"""Predicted seconds of products on a device, and at how many tokens a Monarch product is the faster one."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from monarch_fx.structure import MonarchShape
 
 Tokens = int | NDArray[np.int64]
 Seconds = float | NDArray[np.float64]
+TokenRange = tuple[int, int | None]  # the first and the last; None: without end
 
 MOST_TOKENS = 2**16  # beyond it the launches don't count any more, and no verdict changes
 
@@ -201,7 +202,7 @@ def _fuses(profile: DeviceProfile, dtype: str, batch: int, workload: str, around
 
 
 @functools.lru_cache(maxsize=4096)
-def break_even_tokens(
+def paying_tokens(
     profile: DeviceProfile,
     shape: MonarchShape,
     *,
@@ -209,11 +210,11 @@ def break_even_tokens(
     dtype: str = "float32",
     workload: str = "inference",
     around: Surroundings = ALONE,
-) -> int | None:
-    """The smallest number of tokens from which on the Monarch product is always predicted faster than the dense one.
+) -> tuple[TokenRange, ...]:
+    """At how many tokens, up to ``MOST_TOKENS``, the Monarch product is predicted faster than the dense one.
 
     Returns:
-        Rows per matrix, at most ``MOST_TOKENS``; None where Monarch doesn't stay faster.
+        Ranges of rows per matrix, first and last; a last of None: without end. Empty where it never pays.
 
     Raises:
         DeviceProfileError: The profile doesn't know ``dtype``.
@@ -222,9 +223,12 @@ def break_even_tokens(
     size = shape.in_features, shape.out_features
     dense = dense_seconds(profile, tokens, *size, batch=batch, dtype=dtype, workload=workload, around=around)
     monarch = monarch_seconds(profile, tokens, shape, batch=batch, dtype=dtype, workload=workload, around=around)
-    (slower,) = np.nonzero(np.asarray(dense) <= np.asarray(monarch))
-    first = 1 if len(slower) == 0 else int(tokens[slower[-1]]) + 1
-    return first if first <= MOST_TOKENS else None
+    pays = np.concatenate([[False], np.asarray(monarch) < np.asarray(dense), [False]])
+    edges = np.flatnonzero(pays[1:] != pays[:-1]).tolist()  # before the first and after the last of each range
+    return tuple(
+        (before + 1, None if last == MOST_TOKENS else last)
+        for before, last in zip(edges[::2], edges[1::2], strict=True)
+    )
 
 
 def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:

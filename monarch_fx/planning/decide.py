@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from monarch_fx.config import MonarchConfig
-from monarch_fx.costs import DeviceProfile, break_even_tokens
+from monarch_fx.costs import DeviceProfile, paying_tokens
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
 from monarch_fx.planning.options import Option, is_forced, shapes
 from monarch_fx.planning.refine import Measure, Refined, choose
@@ -198,9 +198,11 @@ def _in_the_way(budget: float, size: Size, menus: Sequence[Menu], smallest: Sequ
 
 def _decision(menu: Menu, option: Option, why: str, run: Run, loss: float | None) -> Decision:
     shape = option.shape
-    break_even = None
-    if shape is not None:
-        break_even = break_even_tokens(run.profile, shape, **run.setting(menu.candidate))
+    ranges = () if shape is None else paying_tokens(run.profile, shape, **run.setting(menu.candidate))
+    planned = run.rows(menu.candidate)
+    pays = tuple(
+        (first, last) for first, last in ranges if last is None or any(first <= count <= last for count in planned)
+    )
     return Decision(
         candidate=menu.candidate,
         shape=shape,
@@ -208,7 +210,7 @@ def _decision(menu: Menu, option: Option, why: str, run: Run, loss: float | None
         error=option.error2**0.5,
         dense_s=menu.dense.time_s,
         time_s=option.time_s,
-        break_even=break_even,
+        pays=pays,
         loss=None if loss is None else loss * option.error2,
     )
 

@@ -132,7 +132,7 @@ def _grid(rows: Sequence[tuple[str, str]]) -> Table:
 
 
 def _rewritten(plan: Plan, decisions: Sequence[Decision]) -> Table:
-    header = ("product", "kind", "in -> out", "tokens", "grid, rank", "parameters", "error", "ms", "pays from")
+    header = ("product", "kind", "in -> out", "tokens", "grid, rank", "parameters", "error", "ms", "pays at tokens")
     rows = [
         (
             *_who(plan, decision.candidate),
@@ -140,11 +140,11 @@ def _rewritten(plan: Plan, decisions: Sequence[Decision]) -> Table:
             f"{compact(decision.candidate.params)}->{compact(decision.params)}",
             _unless_nan(decision.error, f"{decision.error:.3f}"),
             f"{milliseconds(decision.dense_s)}->{milliseconds(decision.time_s)}",
-            _break_even(decision),
+            _pays(decision),
         )
         for decision in decisions
     ]
-    return _table(header, rows, right=("tokens", "parameters", "error", "ms", "pays from"))
+    return _table(header, rows, right=("tokens", "parameters", "error", "ms", "pays at tokens"))
 
 
 def _dense(plan: Plan, decisions: Sequence[Decision]) -> Table:
@@ -203,10 +203,11 @@ def _of_all(known: int, products: int) -> str:
     return "" if known == products else f", of {known} of {products} products"
 
 
-def _break_even(decision: Decision) -> str:
+def _pays(decision: Decision) -> str:
+    """'1-64, 1025+'."""
     if math.isnan(decision.time_s):
         return "?"
-    return "never" if decision.break_even is None else f"{decision.break_even} tokens"
+    return ", ".join(f"{first}+" if last is None else f"{first}-{last}" for first, last in decision.pays) or "never"
 
 
 def _gain(dense_s: float, time_s: float) -> str:
