@@ -19,7 +19,8 @@ import benchmarks.gpu_models
 import benchmarks.nodes
 import benchmarks.planning
 import benchmarks.quality
-import benchmarks.training  # noqa: F401  (registers its benchmarks)
+import benchmarks.training
+import benchmarks.unaligned  # noqa: F401  (registers its benchmarks)
 from benchmarks.registry import BENCHMARKS, Benchmark, Table
 
 RESULTS = Path(__file__).parent / "results"
