@@ -56,6 +56,17 @@ def check_bfloat16(name: str, result: torch.Tensor, expected: torch.Tensor, roun
     _agree(f"{name}: the compiled model and to_dense of it, eager,", result.float(), expected.float(), tolerance)
 
 
+def check_exact(what: str, result: torch.Tensor, exact: torch.Tensor, tolerance: float) -> None:
+    """``result`` is as near to ``exact`` (float64) as roundings allow.
+
+    Raises:
+        GateError: It isn't, by its relative error in Frobenius norm.
+    """
+    error = ((result.double() - exact).norm() / exact.norm()).item()
+    if not error < tolerance:
+        raise GateError(f"{what} is wrong by {error:.1e}: its speed means nothing.")
+
+
 def _compare(
     what: str, one: Callable[..., Any], other: Callable[..., Any], inputs: dict[str, torch.Tensor], tolerance: float
 ) -> None:

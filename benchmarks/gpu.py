@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import monarch_fx as mfx
-from benchmarks.gate import GateError
+from benchmarks.gate import check_exact
 from benchmarks.registry import Table, benchmark
 from monarch_fx.costs import dense_seconds, monarch_seconds
 from monarch_fx.structure import MonarchShape
@@ -228,7 +228,7 @@ def _race_feed_forward(table: Table, in_features: int, out_features: int) -> Non
             compiled = torch.compile(racer, mode=mode, dynamic=False)
             with torch.no_grad():
                 exact = racer(x[:256].double(), *(operand.double() for operand in operands))
-                _check(f"{name}, compiled", compiled(x, *operands)[:256], exact)
+                check_exact(f"{name}, compiled", compiled(x, *operands)[:256], exact, ROUNDING)
                 times[name] = graph_seconds([functools.partial(compiled, x, *operands)])
         name = f"{tokens} tokens, {in_features} -> {out_features}"
         grids = ("1x1", "2x2", "3x3", "4x4")
@@ -265,7 +265,7 @@ def authors() -> Iterator[Table]:
                 return torch.bmm(t, w2.mT).permute(1, 2, 0).flatten(1)
 
             exact = mfx.Monarch.from_blockdiag_butterfly(w1.double(), w2.double())(x[:64].double())
-            _check("the authors' layer", theirs(x)[:64], exact)
+            check_exact("the authors' layer", theirs(x)[:64], exact, ROUNDING)
             R, L = _factors(shape)
             compiled = torch.compile(theirs)
             compiled(x)
@@ -294,7 +294,8 @@ def calls(x: Tensor, shape: MonarchShape, copies: int) -> list[Callable[[], Tens
     """The product with as many bytes of weights as the dense one's copies have; the first one is checked."""
     made = [_factors(shape) for _ in range(min(64, int(copies / shape.ratio)))]
     R, L = made[0]
-    _check(str(shape), mfx.monarch_bmm(x, R, L)[:64], mfx.Monarch(R.double(), L.double())(x[:64].double()))
+    exact = mfx.Monarch(R.double(), L.double())(x[:64].double())
+    check_exact(str(shape), mfx.monarch_bmm(x, R, L)[:64], exact, ROUNDING)
     return [functools.partial(mfx.monarch_bmm, x, R, L) for R, L in made]
 
 
@@ -329,18 +330,12 @@ def _factors(shape: MonarchShape) -> tuple[Tensor, Tensor]:
     return R, L
 
 
-def _check(what: str, result: Tensor, exact: Tensor) -> None:
-    error = ((result.double() - exact).norm() / exact.norm()).item()
-    if not error < ROUNDING:
-        raise GateError(f"{what} is wrong by {error:.1e}: its speed means nothing.")
-
-
 def _check_gradients(found: tuple[Tensor, ...], x: Tensor, R: Tensor, L: Tensor, grad: Tensor) -> None:
     """Against float32, whose rounding is nothing beside that of bfloat16."""
     leaves = [leaf.detach().float().requires_grad_() for leaf in (x, R, L)]
     exact = torch.autograd.grad(mfx.monarch_bmm(*leaves), leaves, grad.float())
     for name, ours, right in zip(("x", "R", "L"), found, exact, strict=True):
-        _check(f"the gradient of {name}", ours, right.double())
+        check_exact(f"the gradient of {name}", ours, right.double(), ROUNDING)
 
 
 def _empty_kernel() -> Callable[[], None]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import monarch_fx as mfx
-from benchmarks.gate import GateError
+from benchmarks.gate import check_exact
 from benchmarks.gpu import ROUNDING, graph_seconds
 from benchmarks.registry import Table, benchmark
 from monarch_fx.costs import monarch_seconds, resolve
@@ -81,7 +81,7 @@ def _times(tokens: int, shape: MonarchShape, training: bool) -> dict[str, float]
     ours: Product = functools.partial(mfx.monarch_bmm, out_features=out_features)
     right = mfx.Monarch(R.double(), L.double(), in_features=shape.in_features, out_features=out_features)
     with torch.no_grad():
-        _check(shape, ours(x, R, L)[:CHECKED], right(x[:CHECKED].double()))
+        check_exact(str(shape), ours(x, R, L)[:CHECKED], right(x[:CHECKED].double()), ROUNDING)
     racers: dict[str, tuple[Product, tuple[Tensor, ...]]] = {
         "dense": (F.linear, (x, weight)),
         "dense padded": (_padded_linear, (x, weight)),
@@ -91,7 +91,7 @@ def _times(tokens: int, shape: MonarchShape, training: bool) -> dict[str, float]
     if training:
         wanted = _run(ours, (x.float(), R.float(), L.float()), grad.float())()
         for found, exact in zip(runs["ours"](), wanted, strict=True):
-            _check(shape, found, exact.double())
+            check_exact(f"a gradient of {shape}", found, exact.double(), ROUNDING)
     return {name: graph_seconds([run] * 4) for name, run in runs.items()}
 
 
@@ -111,9 +111,3 @@ def _padded_linear(x: Tensor, weight: Tensor) -> Tensor:
     """As Inductor may pad it."""
     rows, columns = (-size % ROW for size in weight.shape)
     return F.linear(F.pad(x, (0, columns)), F.pad(weight, (0, columns, 0, rows)))[:, : weight.shape[0]]
-
-
-def _check(shape: MonarchShape, result: Tensor, exact: Tensor) -> None:
-    error = ((result.double() - exact).norm() / exact.norm()).item()
-    if not error < ROUNDING:
-        raise GateError(f"{shape} is wrong by {error:.1e}: its speed means nothing.")

@@ -19,7 +19,6 @@ from monarch_fx.structure import MonarchShape
 
 Tokens = int | NDArray[np.int64]
 Seconds = float | NDArray[np.float64]
-TokenRange = tuple[int, int | None]  # the first and the last; None: without end
 
 MOST_TOKENS = 2**16  # beyond it the launches don't count any more, and no verdict changes
 
@@ -210,7 +209,7 @@ def paying_tokens(
     dtype: str = "float32",
     workload: str = "inference",
     around: Surroundings = ALONE,
-) -> tuple[TokenRange, ...]:
+) -> tuple[tuple[int, int | None], ...]:
     """At how many tokens, up to ``MOST_TOKENS``, the Monarch product is predicted faster than the dense one.
 
     Returns:
