@@ -271,7 +271,12 @@ def test_a_device_that_is_not_the_current_one() -> None:
     assert torch.cuda.current_device() == 0
 
 
-def test_a_kernel_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "tokens", "what"), [("few", 40, "both halves"), ("first_half", 100, "first half")]
+)
+def test_a_kernel_that_fails_says_so_once(
+    launcher: str, tokens: int, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from triton.errors import TritonError
 
     from monarch_fx.kernels import gpu, launch
@@ -279,15 +284,16 @@ def test_a_kernel_that_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> No
     def fails(*operands: object) -> None:
         raise TritonError("out of shared memory")
 
-    monkeypatch.setattr(launch, "first_half", fails)
+    monkeypatch.setattr(launch, launcher, fails)
     monkeypatch.setattr(gpu, "_failed", set())
     layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(40, 96, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(tokens, 96, device="cuda", dtype=torch.bfloat16)
     exact, scale = exact_and_scale(x.double(), layer)
-    with pytest.warns(MonarchWarning, match=r"first half .* failed on \(40, 96\).*out of shared memory"):
-        y = layer(x)
+    with torch.no_grad():
+        with pytest.warns(MonarchWarning, match=rf"{what} .* failed on \({tokens}, 96\).*out of shared memory"):
+            y = layer(x)
+        assert torch.equal(layer(x), y)  # without another warning, which would be an error
     assert ((y.double() - exact).abs() <= 4 * torch.finfo(torch.bfloat16).eps * scale).all()
-    assert torch.equal(layer(x), y)  # without another warning, which would be an error
 
 
 def test_products_together_that_fail_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -128,9 +129,14 @@ def test_products_together(shapes: tuple[tuple[int, ...], ...], tokens: int) -> 
 def test_intermediates_that_share_an_allocation_are_aligned(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else kernels are compiled for narrow loads: 20 numbers of 2 bytes are no multiple of 16."""
     found: list[bool] = []
-    for name in ("first_launch_together", "second_launch_together"):
-        made = getattr(launch, name)
-        monkeypatch.setattr(launch, name, lambda *sizes, made=made: found.append(sizes[-1]) or made(*sizes))
+    original = launch.Launch.__call__
+
+    def aligned(self: launch.Launch, tensors: list[torch.Tensor], addresses: list[int]) -> None:
+        assert addresses == [tensor.data_ptr() for tensor in tensors]
+        found.append(self.aligned and all(address % launch.ALIGNED == 0 for address in addresses))
+        original(self, tensors, addresses)
+
+    monkeypatch.setattr(launch.Launch, "__call__", aligned)
     x, R, L, biases, y = operands_together(tokens, (((1, 1, 20, 24),) * 3))
     assert launch.halves(x, R, L, y, [None] * len(biases), None)
     assert found == [True, True]
@@ -144,8 +150,10 @@ def test_a_product_that_is_the_gate_of_another(
 ) -> None:
     x, R, L, biases, (_, y) = operands_together(tokens, shapes)
     some = [bias if i in biased else None for i, bias in enumerate(biases)]
-    assert launch.halves(x, R, L, [y], some, activation)
-    check_gated(x, R, L, y, some, activation)
+    can = shapes != PAIRS[2]  # a tile of results would lie in several of its blocks
+    assert launch.halves(x, R, L, [y], some, activation) == can
+    if can:
+        check_gated(x, R, L, y, some, activation)
 
 
 @pytest.mark.parametrize("tile", [tile for tile in TILES if not tile.per_unit], ids=str)
@@ -161,15 +169,24 @@ def test_every_tile_of_products_together(tile: choice.Tile, monkeypatch: pytest.
     check_gated(x, R, L, y, biases, "silu")
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_few_tokens(shape: tuple[int, ...]) -> None:
+    x, R, L, _, y = operands(*shape)
+    assert launch.few(x, R, L, y, None, None, "none")
+    check(x, R, L, y, None, None, "none")
+
+
 @pytest.mark.parametrize(("with_bias", "gated", "activation"), EPILOGUES)
-@pytest.mark.parametrize("kernel", ["tiles", "persistent", "fused"])
+@pytest.mark.parametrize("kernel", ["few", "tiles", "persistent", "fused"])
 def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -> None:
-    tokens, s = (40, 50) if kernel == "tiles" else (130, 128)
+    tokens, s = (40, 50) if kernel in ("few", "tiles") else (130, 128)
     x, R, L, t, y = operands(tokens, 2, 2, 24, 64, s)
     bias = torch.randn(2 * s, dtype=torch.float16, device=DEVICE) if with_bias else None
     gate = torch.randn(tokens, 2 * s + 8, dtype=torch.float16, device=DEVICE)[:, : 2 * s] if gated else None
     if kernel == "fused":
         launch.whole(x, R, L, y, bias, gate, activation)
+    elif kernel == "few":
+        launch.few(x, R, L, y, bias, gate, activation)
     else:
         launch.first_half(x, R, t)
         launch.second_half(t, L, y, bias, gate, activation)
@@ -203,31 +220,54 @@ def test_other_numbers_of_tokens_compile_nothing_new(monkeypatch: pytest.MonkeyP
         assert constants[-4:-2] == constants[-2:]
 
 
-def test_a_compiled_kernel_is_kept_and_called_with_addresses() -> None:
-    class Kernel:
-        """Calls of itself, and of what it was compiled to."""
+def test_a_compiled_kernel_is_kept_and_called_with_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Compiled:
+        function, packed_metadata = "function", "metadata"
 
+        def __init__(self) -> None:
+            self.calls: list[tuple[object, ...]] = []
+
+        def run(self, *operands: object) -> None:
+            self.calls.append(operands)
+
+    class Kernel:
         arg_names = ("a", "b", "number", "LAST", "FIRST")
 
-        def __init__(self, compiled: object) -> None:
+        def __init__(self, compiled: Compiled) -> None:
             self.compiled = compiled
             self.calls: list[tuple[object, ...]] = []
 
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             return lambda *operands, **options: self.calls.append((grid, *operands, options)) or self.compiled
 
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda _: 5)))
     a, b = torch.zeros(32, 16, device=DEVICE), torch.zeros(4, device=DEVICE)
     layouts = {0: ([32, 16], [16, 1], [16, 16])}
     for aligned, counts in ((True, (1, 2)), (False, (3, 0))):
-        kernel = Kernel(compiled := Kernel(None))
+        kernel = Kernel(compiled := Compiled())
         run = launch.Launch(kernel, (2,), layouts, (7,), {"FIRST": 1, "num_warps": 4, "LAST": 2}, aligned)
         for _ in range(3):
             run((a, b), (a.data_ptr(), b.data_ptr()))
         assert (len(kernel.calls), len(compiled.calls)) == counts
         for grid, described, operand, *rest in kernel.calls:
             assert (grid, described.base is a, operand is b, rest[0]) == ((2, 1, 1), True, True, 7)
-        for grid, described, *rest in compiled.calls:
-            assert (grid, described.base is a, rest) == ((2, 1, 1), True, [b.data_ptr(), 7, 2, 1, {}])
+        for *front, described, operand, number, last, first in compiled.calls:
+            assert front == [2, 1, 1, 5, "function", "metadata", None, None, None]
+            assert (described.base.data_ptr(), operand) == (a.data_ptr(), b.data_ptr())
+            assert (number, last, first) == (7, 2, 1)
+
+
+def test_tensor_descriptors_are_kept_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for ever, without the tensors, and never one for another address."""
+    monkeypatch.setattr(launch, "REMEMBERED", 2)
+    tensors = [torch.zeros(32, 16, dtype=torch.float16, device=DEVICE) for _ in range(3)]
+    run = launch.Launch(None, (1,), {0: ([32, 16], [16, 1], [16, 16])}, (), {}, True)
+    for _ in range(2):
+        for tensor in tensors:
+            found = run._descriptor(0, tensor.data_ptr(), tensor.dtype)
+            assert (found.base.data_ptr(), found.base.dtype) == (tensor.data_ptr(), torch.float16)
+            assert found is run._descriptor(0, tensor.data_ptr(), tensor.dtype)
+            assert len(run.descriptors) <= 2
 
 
 def test_what_tensor_descriptors_can_have() -> None:

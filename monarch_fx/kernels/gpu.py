@@ -67,7 +67,7 @@ def products(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
         bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate)):
-        y = _differentiable(rows, R, L, bias)  # an activation's own gradient is PyTorch's
+        y = _padded_differentiable(rows, R, L, bias)  # an activation's own gradient is PyTorch's
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return reference.activated(y, gate, activation)
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
@@ -75,14 +75,14 @@ def products(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> Tensor:
+def _padded_differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> Tensor:
     """x (tokens, n_in * p) -> (tokens, n_out * s); padded around the product, so that gradients are cut by autograd."""
     (n_out, _, rank, s), p = L.shape, R.shape[3]
     if not padding.is_aligned(rank, p, s) and not padding.are_few(x.shape[0]):
         x, R, L = padding.pad_all(x, R, L)
     if L.shape[3] == s:
-        return product_and_intermediate(x, R, L, bias)[0]
-    y = product_and_intermediate(x, R, L, None)[0].unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
+        return _Differentiable.apply(x, R, L, bias)
+    y = _Differentiable.apply(x, R, L, None).unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
     bias = None if bias is None else bias.unflatten(0, (n_out, s))
     return reference.finished(y, bias, None).flatten(1)
 
@@ -101,15 +101,17 @@ def products_together(
 
 def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
     """x (tokens, n_in * p) -> (tokens, n_out * s): ``act(M x + bias)``, or ``act(gate) * (M x + bias)``."""
-    x, R, L = _rows(x), R.contiguous(), L.contiguous()
-    y = x.new_empty(len(x), L.shape[0] * L.shape[3])
-    if len(x) == 0:
+    x, R, L, tokens = _rows(x), R.contiguous(), L.contiguous(), x.shape[0]
+    y = x.new_empty(tokens, L.shape[0] * L.shape[3])
+    if tokens == 0:
         return y
     bias, gate = None if bias is None else bias.contiguous(), None if gate is None else _rows(gate)
+    if tokens <= FEW_TOKENS and _ran("both halves", "few", x, R, L, y, bias, gate, activation):
+        return y
     n_in, n_out, rank, p = R.shape
-    fused = is_fused(len(x), n_in, n_out, rank, p, L.shape[3])
+    fused = is_fused(tokens, n_in, n_out, rank, p, L.shape[3])
     if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
-        if not padding.is_aligned(rank) and len(x) >= padding.PADDED_TOKENS:
+        if not padding.is_aligned(rank) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)
         _second(_first(x, R), L, y, bias, gate, activation)
     return y
@@ -119,7 +121,7 @@ def _together(
     x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None], gated: str | None
 ) -> list[Tensor]:
     """x (tokens, in_features) -> each (tokens, n_out * s); with ``gated`` one, ``gated(first product) * second``."""
-    if 0 < len(x) <= FEW_TOKENS and len(R) <= TOGETHER:
+    if 0 < x.shape[0] <= FEW_TOKENS and len(R) <= TOGETHER:
         x, R, L = _rows(x), [factor.contiguous() for factor in R], [factor.contiguous() for factor in L]
         biases = [bias if bias is None else bias.contiguous() for bias in biases]
         y = _fake_together(x, R, L, biases, gated)
@@ -178,11 +180,15 @@ _failed: set[tuple[Any, ...]] = set()
 
 def _ran(what: str, launcher: str, *operands: Any) -> bool:
     """Whether a Triton kernel has run: not on a CPU; where it can't be compiled, that is said once for these sizes."""
-    x, factors = operands[:2]
+    x, factors = operands[0], operands[1]
     if not x.is_cuda or (_failed and (what, _sizes(factors)) in _failed):
         return False
+    run, index = getattr(_triton(), launcher), x.get_device()
     try:
-        return bool(getattr(_triton(), launcher)(*operands))
+        if index == torch.cuda.current_device():
+            return bool(run(*operands))
+        with torch.cuda.device(index):  # Triton launches on the current device, whatever the tensors are on
+            return bool(run(*operands))
     except (importlib.import_module("triton.errors").TritonError, RuntimeError) as error:
         _failed.add((what, _sizes(factors)))
         warnings.warn(
@@ -214,27 +220,35 @@ def _blocks(x: Tensor, count: int) -> Tensor:
     return x.unflatten(1, (count, -1)).transpose(0, 1)
 
 
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3], output[1])
-    ctx.mark_non_differentiable(output[1])
+class _Differentiable(torch.autograd.Function):
+    """x (tokens, n_in * p) -> (tokens, n_out * s).
 
+    A function, and not a formula of the inner operator's: PyTorch would run that at each call of compiled graphs, too.
+    """
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, R, L, t = ctx.saved_tensors
-    to_x, to_R, to_L, to_bias = ctx.needs_input_grad
-    grad_bias = grad.sum(0) if to_bias else None
-    if torch.is_grad_enabled():  # a graph of the gradients is wanted: the intermediate must be in it
-        y = reference.monarch_bmm(x, R, L)
-        wanted = [operand for operand, needed in zip((x, R, L), (to_x, to_R, to_L), strict=True) if needed]
-        found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
-        return (*(next(found) if needed else None for needed in (to_x, to_R, to_L)), grad_bias)
-    grad_x = grad_R = grad_L = None
-    if to_x or to_R:
-        grad_x, grad_t = product_and_intermediate(grad, L, R, None)  # grad_t (n_in, tokens, n_out * rank)
-        grad_R = torch.bmm(grad_t.mT, _blocks(x, R.shape[0])).view_as(R) if to_R else None
-    if to_L:
-        grad_L = torch.bmm(t.mT, _blocks(grad, L.shape[0])).view_as(L)
-    return grad_x, grad_R, grad_L, grad_bias
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> Tensor:
+        y, t = product_and_intermediate(x, R, L, bias)
+        ctx.save_for_backward(x, R, L, t)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, R, L, t = ctx.saved_tensors
+        to_x, to_R, to_L, to_bias = ctx.needs_input_grad
+        grad_bias = grad.sum(0) if to_bias else None
+        if torch.is_grad_enabled():  # a graph of the gradients is wanted: the intermediate must be in it
+            y = reference.monarch_bmm(x, R, L)
+            wanted = [operand for operand, needed in zip((x, R, L), (to_x, to_R, to_L), strict=True) if needed]
+            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
+            return (*(next(found) if needed else None for needed in (to_x, to_R, to_L)), grad_bias)
+        grad_x = grad_R = grad_L = None
+        if to_x or to_R:
+            grad_x, grad_t = product_and_intermediate(grad, L, R, None)  # grad_t (n_in, tokens, n_out * rank)
+            grad_R = torch.bmm(grad_t.mT, _blocks(x, R.shape[0])).view_as(R) if to_R else None
+        if to_L:
+            grad_L = torch.bmm(t.mT, _blocks(grad, L.shape[0])).view_as(L)
+        return grad_x, grad_R, grad_L, grad_bias
 
 
 def _fake_product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
@@ -267,7 +281,6 @@ together = torch.ops.monarch_fx_kernels.together.default
 torch.library.register_fake(product, _fake_product, lib=_LIBRARY)
 torch.library.register_fake(product_and_intermediate, _fake_product_and_intermediate, lib=_LIBRARY)
 torch.library.register_fake(together, _fake_together, lib=_LIBRARY)
-torch.library.register_autograd(product_and_intermediate, _backward, setup_context=_save, lib=_LIBRARY)
 
 
 @register_flop_formula([torch.ops.monarch_fx_kernels.product, torch.ops.monarch_fx_kernels.product_and_intermediate])

@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monarch_fx.kernels import fused, persistent, tiles, together
@@ -27,11 +28,22 @@ Strides = Sequence[int]
 Layout = tuple[list[int], list[int], list[int]]  # shape, strides and block of a tensor descriptor
 
 
+class Memory(NamedTuple):
+    """What a tensor descriptor needs to know of a tensor; holds none alive."""
+
+    address: int
+    dtype: torch.dtype
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 class Launch:
     """A kernel with all that it is called with but the tensors.
 
     Triton looks at every argument of every call again, which takes longer than many of these kernels run. Here the
-    compiled kernel is kept, and called by itself, with addresses: about a tensor Triton asks the driver each time.
+    compiled kernel is kept, and its launcher called by itself, with addresses: about a tensor Triton asks the driver
+    each time.
 
     Args:
         kernel: Whose first parameters are tensors, then numbers, then constants.
@@ -57,22 +69,43 @@ class Launch:
         self.numbers = numbers
         self.options = options
         self.aligned = aligned
-        self.compiled: Any = None
-        self.rest: tuple[Any, ...] = ()  # what follows the tensors in its calls
+        self.run: Any = None
+        self.handles: tuple[Any, ...] = ()  # what stands before the tensors in its calls
+        self.rest: tuple[Any, ...] = ()  # and behind them
+        self.descriptors: dict[tuple[int, int], TensorDescriptor] = {}  # by place and address
 
     def __call__(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
-        """``addresses`` are those of the tensors."""
-        operands: list[Any] = [*(tensors if self.compiled is None else addresses)]
+        """``addresses`` are those of the tensors, which are on the current device."""
+        if self.run is None:
+            self._first_call(tensors)
+            return
+        operands: list[Any] = [*addresses]
+        for place in self.layouts:
+            operands[place] = self._descriptor(place, addresses[place], tensors[0].dtype)
+        stream = driver.active.get_current_stream(tensors[0].get_device())
+        self.run(*self.grid, stream, *self.handles, *operands, *self.rest)
+
+    def _first_call(self, tensors: Sequence[Tensor]) -> None:
+        """Compiles the kernel, unless it is known, and runs it."""
+        operands: list[Any] = [*tensors]
         for place, layout in self.layouts.items():
             operands[place] = TensorDescriptor(tensors[place], *layout)
-        if self.compiled is not None:
-            self.compiled(*operands, *self.rest)
-            return
         compiled = self.kernel[self.grid](*operands, *self.numbers, **self.options)
         if self.aligned and compiled is not None:  # the interpreter compiles nothing
             constants = [self.options[name] for name in self.kernel.arg_names if name in self.options]
             self.rest = (*self.numbers, *constants)
-            self.compiled = compiled[self.grid]
+            self.handles = compiled.function, compiled.packed_metadata, None, None, None  # without a profiler's hooks
+            self.run = compiled.run
+
+    def _descriptor(self, place: int, address: int, dtype: torch.dtype) -> TensorDescriptor:
+        """Kept, since Triton checks a new one for longer than its kernel takes; memory comes back to its addresses."""
+        found = self.descriptors.get((place, address))
+        if found is None:
+            if len(self.descriptors) >= REMEMBERED:
+                self.descriptors.clear()
+            found = TensorDescriptor(Memory(address, dtype), *self.layouts[place])
+            self.descriptors[place, address] = found
+        return found
 
 
 def first_half(x: Tensor, R: Tensor, t: Tensor) -> bool:
@@ -100,6 +133,24 @@ def whole(
     return _launched(whole_launch, (x, R, L, y, *extra), x.shape[0], R.shape, L.shape[3], strides, kinds)
 
 
+def few(x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> bool:
+    """x (tokens, n_in * p) with both factors into y (tokens, n_out * s), half by half; up to ``FEW_TOKENS`` tokens."""
+    extra, kinds = _epilogue(y, bias, gate, activation)
+    R_at, L_at, x_at, y_at = R.data_ptr(), L.data_ptr(), x.data_ptr(), y.data_ptr()
+    extra_at = extra[0].data_ptr(), extra[1].data_ptr()
+    aligned = (R_at | L_at | x_at | y_at | extra_at[0] | extra_at[1]) % ALIGNED == 0
+    strides = x.stride(0), y.stride(0), extra[1].stride(0)
+    launches = few_launches(x.shape[0], strides, R.shape, L.shape, kinds, x.dtype, x.device, aligned)
+    if launches is None:
+        return False
+    size, first, second = launches
+    t = x.new_empty(size)
+    t_at = t.data_ptr()
+    first((x, R, t), (x_at, R_at, t_at))
+    second((t, L, y, *extra), (t_at, L_at, y_at, *extra_at))
+    return True
+
+
 def halves(
     x: Tensor,
     R: Sequence[Tensor],
@@ -110,27 +161,80 @@ def halves(
 ) -> bool:
     """x (tokens, in_features) with up to ``TOGETHER`` matrices into their ``y``: a launch for each half of all.
 
-    With ``gated``, an activation, the one result is ``gated(first product) * second product``.
+    With ``gated``, an activation, the one result is ``gated(first product) * second product``; False where no kernel
+    does that.
     """
-    tokens, shapes = x.shape[0], tuple([factor.shape for factor in R])
-    # one allocation, since they take the host time; every intermediate starts at a multiple of ALIGNED
-    sizes = [-(-tokens * n_in * n_out * rank // ALIGNED) * ALIGNED for n_in, n_out, rank, _ in shapes]
-    t = x.new_empty(sum(sizes)).split_with_sizes(sizes)
-    _launched(first_launch_together, (x, *_filled(R), *_filled(t)), tokens, x.stride(0), shapes)
     extra = [y[-1] if bias is None else bias for bias in biases]
-    shapes, kinds = tuple([factor.shape for factor in L]), tuple([bias is not None for bias in biases])
-    if gated is None:
-        operands = (*_filled(t), *_filled(L), *_filled(y), *_filled(extra))
-        return _launched(second_launch_together, operands, tokens, shapes, kinds)
-    if _launched(gated_launch, (*t, *L, *y, *extra), tokens, shapes, kinds, gated):
-        return True
-    gate = torch.empty_like(y[0])
-    middle = [
-        part[: n_out * tokens * n_in * rank].view(n_out, tokens, n_in * rank)
-        for part, (n_out, n_in, rank, _) in zip(t, shapes, strict=True)
-    ]
-    second_half(middle[0], L[0], gate, biases[0], None, "none")
-    return second_half(middle[1], L[1], y[0], biases[1], gate, gated)
+    read, written = [x, *_filled(R)], [*L, *y, *extra] if gated else [*_filled(L), *_filled(y), *_filled(extra)]
+    read_at, written_at = [tensor.data_ptr() for tensor in read], [tensor.data_ptr() for tensor in written]
+    launches = launches_together(
+        x.shape[0],
+        x.stride(0),
+        tuple([factor.shape for factor in R]),
+        tuple([factor.shape[3] for factor in L]),
+        tuple([bias is not None for bias in biases]),
+        gated,
+        x.dtype,
+        x.device,
+        functools.reduce(operator.or_, written_at, functools.reduce(operator.or_, read_at)) % ALIGNED == 0,
+    )
+    if launches is None:
+        return False
+    sizes, offsets, first, second = launches
+    memory = x.new_empty(sum(sizes))  # one allocation, since they take the host time
+    at, is_new = memory.data_ptr(), first.run is None or second.run is None
+    t = memory.split_with_sizes(sizes) if is_new else [memory] * len(sizes)  # addresses do afterwards
+    t_at = [at + offset for offset in offsets]
+    first([*read, *_filled(t)], [*read_at, *_filled(t_at)])
+    second([*(t if gated else _filled(t)), *written], [*(t_at if gated else _filled(t_at)), *written_at])
+    return True
+
+
+@functools.lru_cache(REMEMBERED)
+def few_launches(
+    tokens: int,
+    strides: tuple[int, int, int],
+    R: Sequence[int],
+    L: Sequence[int],
+    kinds: tuple[bool, str, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> tuple[int, Launch, Launch] | None:
+    """The size of the intermediate, and the halves; ``strides`` between rows of x, of the results and of the gate."""
+    (n_in, n_out, rank, _), (stride_x, *others) = R, strides
+    strides_t = (tokens * n_in * rank, n_in * rank, 1) if n_in > 1 else (rank, n_out * rank, 1)
+    first = first_launch(tokens, stride_x, R, strides_t, dtype, device, aligned)
+    if first is None:
+        return None
+    second = second_launch(tokens, L, (strides_t, *others), kinds, dtype, device, aligned)
+    return tokens * n_in * n_out * rank, first, second
+
+
+@functools.lru_cache(REMEMBERED)
+def launches_together(
+    tokens: int,
+    stride_x: int,
+    R: Sequence[Sequence[int]],
+    s: Sequence[int],
+    biases: Sequence[bool],
+    gated: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> tuple[list[int], list[int], Launch, Launch] | None:
+    """Numbers of each intermediate, bytes before it, and the halves; every intermediate is ``ALIGNED``."""
+    L = [(n_out, n_in, rank, rows) for (n_in, n_out, rank, _), rows in zip(R, s, strict=True)]
+    second: Launch | None = (
+        second_launch_together(tokens, L, biases, dtype, device, aligned)
+        if gated is None
+        else gated_launch(tokens, L, biases, gated, dtype, device, aligned)
+    )
+    if second is None:
+        return None
+    sizes = [-(-tokens * n_in * n_out * rank // ALIGNED) * ALIGNED for n_in, n_out, rank, _ in R]
+    offsets = [sum(sizes[:i]) * dtype.itemsize for i in range(len(sizes))]
+    return sizes, offsets, first_launch_together(tokens, stride_x, R, dtype, device, aligned), second
 
 
 @functools.lru_cache(REMEMBERED)
@@ -229,7 +333,6 @@ def whole_launch(
     return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
 
 
-@functools.lru_cache(REMEMBERED)
 def first_launch_together(
     tokens: int,
     stride_x: int,
@@ -249,7 +352,6 @@ def first_launch_together(
     return Launch(together.first, (programs,), {}, numbers, options, aligned)
 
 
-@functools.lru_cache(REMEMBERED)
 def second_launch_together(
     tokens: int,
     factors: Sequence[Sequence[int]],
@@ -270,7 +372,6 @@ def second_launch_together(
     return Launch(together.second, (programs,), {}, numbers, options, aligned)
 
 
-@functools.lru_cache(REMEMBERED)
 def gated_launch(
     tokens: int,
     factors: Sequence[Sequence[int]],
@@ -295,7 +396,7 @@ def gated_launch(
 
 def _filled(values: Sequence[Any]) -> Sequence[Any]:
     """One for each place of a kernel that runs products together; what fills up is not looked at."""
-    return (*values, *[values[-1]] * TOGETHER)[:TOGETHER]
+    return values if len(values) == TOGETHER else [*values, *[values[-1]] * (TOGETHER - len(values))]
 
 
 def _bits(flags: Sequence[bool]) -> int:
@@ -308,12 +409,7 @@ def _launched(find: Callable[..., Launch | None], operands: Sequence[Tensor], *s
     launch = find(*sizes, x.dtype, x.device, functools.reduce(operator.or_, addresses) % ALIGNED == 0)
     if launch is None:
         return False
-    index = x.get_device()
-    if index < 0 or index == torch.cuda.current_device():
-        launch(operands, addresses)
-    else:  # Triton launches on the current device, whatever the tensors are on
-        with torch.cuda.device(index):
-            launch(operands, addresses)
+    launch(operands, addresses)
     return True
 
 
