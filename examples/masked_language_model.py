@@ -31,7 +31,7 @@ IGNORED = -100
 
 
 SMALL = Size(1024, 64, 256, 3, 4, 8, 250, 1e-3, 20)
-FULL = Size(8192, 128, 768, 12, 12, 128, 2000, 3e-4, 8)  # BERT-base, pieces as in the first phase of its training
+FULL = Size(8192, 128, 768, 12, 12, 128, 6000, 3e-4, 8)  # BERT-base, pieces as in the first phase of its training
 
 
 def main() -> int:
