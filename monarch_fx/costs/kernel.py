@@ -40,6 +40,7 @@ MOST_PARTS = 64
 MOST_PARTS_OF_BATCHES = 4
 # Times as long as with rows that start at multiples of 16 bytes: 1.1 to 5.9 on an H100, larger for odd numbers
 UNALIGNED = 3
+UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster memory was no faster than an H100
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 
@@ -86,7 +87,8 @@ class Product:
             peak, launch, hidden, steps = peak_flops * kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_fill
         waves = ceil_div(self.batch * ceil_div(self.m, tile) * ceil_div(self.n, tile), units)
         compute_s = waves * units * 2 * tile**2 * (self.k + steps) / peak
-        traffic_s = self._bytes_moved / bandwidth_bytes_per_s
+        bandwidth = bandwidth_bytes_per_s if self.aligned else peak_flops / UNALIGNED_FLOPS_PER_BYTE
+        traffic_s = self._bytes_moved / bandwidth
         return self.launches * (launch + _slowed(_overlapped(compute_s, traffic_s, hidden), self.aligned))
 
     @property
