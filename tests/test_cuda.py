@@ -121,6 +121,23 @@ def test_padded_sizes_compiled_once_with_gradients() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("tokens", [300, 1111, 4096])  # whole, of no even parts, in sixteen
+def test_gradients_added_up_in_parts(dtype: torch.dtype, tokens: int) -> None:
+    wide = torch.promote_types(dtype, torch.float64)
+    shapes = (tokens, 64), (8, 8, 1, 8), (8, 8, 1, 8), (tokens, 64)
+    *arguments, grad = (torch.randn(shape, device="cuda", dtype=wide) for shape in shapes)
+
+    def gradients(kind: torch.dtype) -> tuple[torch.Tensor, ...]:
+        leaves = [t.to(kind).requires_grad_() for t in arguments]
+        return torch.autograd.grad(mfx.monarch_bmm(*leaves), leaves, grad.to(kind))
+
+    for ours, right in zip(
+        gradients(dtype), gradients(wide), strict=True
+    ):  # rounded sums of independent terms, averaged over the tensor
+        assert (ours.to(wide) - right).norm() <= 4 * tokens**0.5 * torch.finfo(dtype).eps * right.norm()
+
+
 def test_autocast_and_second_order() -> None:
     layer = mfx.MonarchLinear(128, 128, nblocks=2, device="cuda")
     x = torch.randn(300, 128, device="cuda", requires_grad=True)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from monarch_fx import monarch_bmm
 from monarch_fx.errors import StructureError
+from monarch_fx.kernels import reference
 from monarch_fx.kernels.op import monarch_grouped_mm
 
 # PyTorch 2.14 scripts its own decompositions at the first forward-mode AD; opcheck reads .grad of what it made.
@@ -177,6 +178,19 @@ def test_gradients_to_second_order(grid: tuple[int, int], dtype: torch.dtype) ->
     R, L = factors(*grid, 2, 3, 2, dtype)
     x = torch.randn(2, grid[1] * 3 - (grid[1] > 1), dtype=dtype)
     arguments = [t.requires_grad_() for t in (x, R, L, torch.randn(grid[0] * 2, dtype=dtype))]
+    assert torch.autograd.gradcheck(monarch_bmm, arguments, check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(monarch_bmm, arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_gradients_added_up_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU (``tests/test_cuda.py``)."""
+    R, L = factors(2, 3, 2, 3, 2, dtype)
+    x = torch.randn(4, 9, dtype=dtype)
+    arguments = [t.requires_grad_() for t in (x, R, L)]
+    plain = monarch_bmm(*arguments)
+    monkeypatch.setattr(reference, "_parts", lambda x, weight: 2)
+    torch.testing.assert_close(monarch_bmm(*arguments), plain)
     assert torch.autograd.gradcheck(monarch_bmm, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(monarch_bmm, arguments)
 

@@ -6,11 +6,14 @@ That transpose is the only copy of its own: bias and activation fuse into the on
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+THREAD_BLOCKS, PART = 512, 256  # of a GPU's gradient: as many at most, each of as many tokens at least
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -34,12 +37,31 @@ def monarch_bmm(
     if n_in == n_out == 1:  # low rank
         return _linear(F.linear(x, R[0, 0]), L[0, 0].mT, bias, out_features)
     x = x.reshape(-1, n_in, p).transpose(0, 1)  # (n_in, tokens, p)
-    t = torch.bmm(x, R.flatten(1, 2).mT)  # (n_in, tokens, n_out * rank)
+    t = blockwise(x, R.flatten(1, 2).mT)  # (n_in, tokens, n_out * rank)
     t = t.unflatten(2, (n_out, rank)).permute(1, 2, 0, 3).flatten(2)  # (tokens, n_out, n_in * rank)
     if n_out == 1:
         return _linear(t.reshape(*lead, n_in * rank), L.flatten(0, 2).mT, bias, out_features)
-    y = torch.bmm(t.transpose(0, 1), L.flatten(1, 2))  # (n_out, tokens, s)
+    y = blockwise(t.transpose(0, 1), L.flatten(1, 2))  # (n_out, tokens, s)
     return finished(y.transpose(0, 1).reshape(*lead, n_out * s), bias, out_features)
+
+
+def blockwise(x: Tensor, weight: Tensor) -> Tensor:
+    """(blocks, tokens, k) @ (blocks, k, n), with tokens in ``_parts`` where the gradient's sums over them are long."""
+    parts = _parts(x, weight)
+    if parts == 1:
+        return torch.bmm(x, weight)
+    return torch.matmul(x.unflatten(1, (parts, -1)), weight.unsqueeze(1)).flatten(1, 2)
+
+
+def _parts(x: Tensor, weight: Tensor) -> int:
+    """In how many parts a GPU adds up the gradient of ``weight``: a library's batched product has one thread block for
+    every 64 x 64 of its results and walks through all tokens with it, however few there are."""
+    if not (x.is_cuda and weight.requires_grad and torch.is_grad_enabled() and type(x.shape[1]) is int):
+        return 1
+    blocks, k, n = weight.shape
+    tiles = blocks * -(-k // 64) * -(-n // 64)
+    wanted = min(THREAD_BLOCKS // tiles, x.shape[1] // PART)
+    return math.gcd(x.shape[1], 1 << max(0, wanted.bit_length() - 1))
 
 
 def _batched(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: int | None) -> Tensor:
