@@ -121,8 +121,7 @@ def main() -> int:
     runs: dict[str, list[Curve]] = {"dense": [], "monarch": []}
     params: dict[str, int] = {}
     saved_s = 0.0
-    inputs = torch.empty(2, 1, SIDE, SIDE, dtype=torch.bfloat16 if options.full else torch.float32, device="meta")
-    choices: dict[str, Any] = {"example_inputs": inputs}
+    choices: dict[str, Any] = {"example_inputs": torch.empty(2, 1, SIDE, SIDE, device="meta")}
     if options.model == "mixer":
         choices["exclude"] = ["embed*", "head*", "*.tokens.*"]
     for seed in seeds(options):

@@ -98,13 +98,14 @@ def with_factors(build: Callable[[], nn.Module], *, full: bool, tokens: int, **c
     weights, and the seconds that they are predicted to save of a training step. What that adds up from is printed.
 
     Args:
-        full: Planned for bfloat16, in which the run computes, whatever dtype its parameters have.
+        full: Planned for bfloat16, in which the run computes under autocast.
         tokens: Rows of the activations of a step.
         choices: Of ``monarch_fx.plan``.
     """
-    with torch.device("meta"):
-        twin = build().to(torch.bfloat16 if full else torch.float32)
-    plan = mfx.plan(twin, config=mfx.MonarchConfig(nblocks=4), tokens=tokens, workload="training", **choices)
+    with torch.device("meta"):  # planned for the GPU, where there is one
+        twin = build()
+    choices |= {"config": mfx.MonarchConfig(nblocks=4), "dtype": torch.bfloat16 if full else None}
+    plan = mfx.plan(twin, tokens=tokens, workload="training", **choices)
     model = mfx.monarchify(build(), plan=plan, init="random", inplace=True)
     summary = mfx.training_summary(model)
     print(summary, flush=True)

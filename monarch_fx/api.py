@@ -44,6 +44,7 @@ def plan(
     workload: str = "inference",
     objective: str = "params",
     device: str | DeviceProfile = "auto",
+    dtype: torch.dtype | str | None = None,
     config: MonarchConfig | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     strict: bool = False,
@@ -67,6 +68,8 @@ def plan(
             predicted time of the eligible products.
         device: Profile that the cost model plans for: ``"auto"`` (where the model is), ``"cpu"``, ``"h100"``, ... or a
             ``DeviceProfile``.
+        dtype: Of the run that is planned for (``torch.bfloat16`` or its name), where it is not that of the weights, as
+            under autocast.
         config: Further choices; see ``MonarchConfig``.
         calibration: Batches of real inputs (a list, a ``DataLoader``), each in one of the forms of ``example_inputs``,
             or what ``calibrate`` made of them. The dense model runs on them once, forward and backward, and errors are
@@ -77,7 +80,7 @@ def plan(
         The plan: printable, ``to_json()``, editable, and replayed by ``monarchify(model, plan=plan)``.
 
     Raises:
-        ConfigError: ``budget``, ``tokens``, ``workload`` or ``calibration`` has no meaning.
+        ConfigError: ``budget``, ``tokens``, ``workload``, ``dtype`` or ``calibration`` has no meaning.
         NotAModuleError, WrappedModelError: ``model`` is no plain module.
         ExampleInputsError, CaptureError: The model can't be captured on the inputs.
         SelectionError, NoEligibleProductError: ``include``, ``exclude`` or the model leave nothing to do.
@@ -85,8 +88,8 @@ def plan(
         BudgetError: ``strict=True``, and the budget can't be reached.
     """
     options = {"example_inputs": example_inputs, "include": include, "exclude": exclude, "tokens": tokens}
-    options |= {"workload": workload, "objective": objective, "device": device, "config": config}
-    options |= {"calibration": calibration, "strict": strict}
+    options |= {"workload": workload, "objective": objective, "device": device, "dtype": dtype}
+    options |= {"config": config, "calibration": calibration, "strict": strict}
     return _make_plan(model, budget, **options)[0]
 
 
@@ -105,6 +108,7 @@ def monarchify(
     inplace: bool = False,
     init: str = "project",
     device: str | DeviceProfile = "auto",
+    dtype: torch.dtype | str | None = None,
     config: MonarchConfig | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     anchor: Iterable[Any] | None = None,
@@ -150,7 +154,8 @@ def monarchify(
     if not (calibration is None and anchor is None):
         checks.check_runs(model)
     choices: dict[str, Any] = {"budget": budget, "include": include, "exclude": exclude, "tokens": tokens}
-    choices |= {"workload": workload, "objective": objective, "device": device, "config": config, "strict": strict}
+    choices |= {"workload": workload, "objective": objective, "device": device, "dtype": dtype}
+    choices |= {"config": config, "strict": strict}
     if isinstance(model, torch.export.ExportedProgram):
         others: dict[str, Any] = {"plan": plan, "example_inputs": example_inputs, "init": init, "work_dir": work_dir}
         rewritten = monarchify(graph.program_module(model), inplace=True, **choices, **others)
@@ -231,6 +236,7 @@ def _make_plan(
     workload: str,
     objective: str,
     device: str | DeviceProfile,
+    dtype: torch.dtype | str | None,
     config: MonarchConfig | None,
     calibration: Calibration | Iterable[Any] | None,
     strict: bool,
@@ -252,11 +258,11 @@ def _make_plan(
 
     profile = resolve(device, next(model.parameters()).device)
     mix, tokens_source = token_mix(tokens, candidates, captured.given)
-    dtype = planned_dtype(candidates)
+    run_dtype = planned_dtype(dtype, candidates)
 
     known = None if calibration is None else calibrated(model, candidates, calibration)
     orders: tuple[HiddenOrder, ...] = ()
-    if known is not None and config.reorder and config.grid != (1, 1):
+    if known is not None and config.reorder and not config.low_rank_only:
         orders = assess.orders(model, find_hidden(captured, model), candidates, known)
     planned, seen = reordered(model, orders), _reordered(known, candidates, orders)
     errors, error_source = assess.errors(planned, candidates, config, seen)
@@ -271,7 +277,7 @@ def _make_plan(
         profile=profile,
         tokens=mix,
         workload=workload,
-        dtype=dtype,
+        dtype=run_dtype,
         strict=strict,
     )
     made = Plan(
@@ -281,7 +287,7 @@ def _make_plan(
         tokens=tuple(mix.items()),
         tokens_source=tokens_source,
         workload=workload,
-        dtype=dtype,
+        dtype=run_dtype,
         device=profile.name,
         error_source=error_source,
         model_params=checks.total_params(model.parameters()),

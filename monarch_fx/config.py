@@ -65,3 +65,8 @@ class MonarchConfig:
         if self.nblocks_out is None or self.nblocks_in is None:
             return None
         return self.nblocks_out, self.nblocks_in
+
+    @property
+    def low_rank_only(self) -> bool:
+        """Whether every structure is a single block."""
+        return self.grid == (1, 1) or (self.grid is None and set(self.nblocks_choices) == {1})

@@ -80,6 +80,19 @@ def test_tokens_are_scaled_from_the_inputs() -> None:
     assert counts["decoder.block.0.layer.0.SelfAttention.q.weight"] == 16
 
 
+def test_the_dtype_of_the_run_is_the_weights_own_or_chosen() -> None:
+    with torch.device("meta"):
+        model, half = mlp(1024), mlp(1024).to(torch.bfloat16)
+    own, cast = (mfx.plan(model, budget=0.5, tokens=8192, device="h100", dtype=d) for d in (None, torch.bfloat16))
+    assert (own.dtype, cast.dtype) == ("float32", "bfloat16")
+    as_stored = mfx.plan(half, budget=0.5, tokens=8192, device="h100")
+    assert [d.dense_s for d in cast.decisions] == [d.dense_s for d in as_stored.decisions]
+    assert all(c.dense_s < o.dense_s for c, o in zip(cast.decisions, own.decisions, strict=True))
+    rewritten = mfx.monarchify(mlp(), config=HALF_GRID, dtype="bfloat16")
+    assert {p.dtype for p in rewritten.parameters()} == {torch.float32}
+    assert mfx.report(rewritten).plan.dtype == "bfloat16"
+
+
 def test_computed_weights_are_declined() -> None:
     model = mlp(32)
     torch.nn.utils.parametrizations.weight_norm(model[0])

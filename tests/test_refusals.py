@@ -30,6 +30,12 @@ def test_a_config_of_another_kind() -> None:
         mfx.plan(mlp(), config={"nblocks": 2})
 
 
+@pytest.mark.parametrize("dtype", ["bf16", torch.int8, torch.complex64, 16])
+def test_a_dtype_that_no_costs_are_known_of(dtype: object) -> None:
+    with pytest.raises(errors.ConfigError, match=r"dtype must be one of float64, float32.*, got "):
+        mfx.plan(mlp(), budget=0.5, dtype=dtype)
+
+
 def test_not_a_module() -> None:
     with pytest.raises(errors.NotAModuleError, match="function"):
         mfx.monarchify(lambda x: x, budget=0.5)

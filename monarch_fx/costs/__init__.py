@@ -2,10 +2,11 @@
 
 from monarch_fx.costs.measure import measure_device
 from monarch_fx.costs.predict import Surroundings, dense_seconds, monarch_seconds, paying_tokens
-from monarch_fx.costs.profile import DeviceProfile
+from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.resolve import resolve
 
 __all__ = [
+    "DTYPE_BYTES",
     "DeviceProfile",
     "Surroundings",
     "dense_seconds",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from monarch_fx.costs import DeviceProfile, Surroundings, dense_seconds, monarch_seconds
+from monarch_fx.costs import DTYPE_BYTES, DeviceProfile, Surroundings, dense_seconds, monarch_seconds
 from monarch_fx.errors import ConfigError
 from monarch_fx.records import Candidate
 from monarch_fx.structure import MonarchShape
@@ -77,8 +78,17 @@ def token_mix(tokens: Tokens, candidates: Sequence[Candidate], given: bool) -> t
     return {DEFAULT_TOKENS: 1.0}, "default, since no example_inputs say how many a run has"
 
 
-def planned_dtype(candidates: Sequence[Candidate]) -> str:
-    """The dtype that most parameters have."""
+def planned_dtype(dtype: torch.dtype | str | None, candidates: Sequence[Candidate]) -> str:
+    """That which was chosen, without ``torch.``; by default the one that most parameters have.
+
+    Raises:
+        ConfigError: The chosen one is not a real floating-point dtype that costs are known of.
+    """
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        if name not in DTYPE_BYTES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, as torch.dtype or name, got {dtype!r}.")
+        return name
     sizes: dict[str, int] = {}
     for candidate in candidates:
         sizes[candidate.dtype] = sizes.get(candidate.dtype, 0) + candidate.params
