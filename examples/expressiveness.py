@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import monarch_fx as mfx
-from examples.training import print_table, write_json
+from examples.curves import print_table, write_json
 from monarch_fx import transforms
 from monarch_fx.errors import RecoveryError
 from monarch_fx.projection import project

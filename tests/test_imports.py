@@ -1,6 +1,8 @@
+import importlib
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -17,3 +19,10 @@ def test_the_library_needs_no_optional_package(devices: str):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=False)
 
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("folder", ["examples", "benchmarks"])
+def test_every_script_imports(folder: str):
+    for file in sorted((Path(__file__).parents[1] / folder).glob("*.py")):
+        if file.stem != "__main__":  # that one runs
+            importlib.import_module(f"{folder}.{file.stem}")
