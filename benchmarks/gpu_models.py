@@ -327,7 +327,7 @@ def gpt2(**sizes: Any) -> nn.Module:
 
 
 def vit(**sizes: Any) -> nn.Module:
-    """timm's: attention of Hugging Face's runs as products in float32."""
+    """timm's, which needs no mask."""
     from timm.models.vision_transformer import vit_base_patch16_224
 
     return Classifier(vit_base_patch16_224(**sizes))
@@ -336,7 +336,10 @@ def vit(**sizes: Any) -> nn.Module:
 def bert(masked: bool, **sizes: Any) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM, BertModel
 
-    config = BertConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **sizes)
+    from examples.attention import unmasked
+
+    plain = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "attn_implementation": unmasked()}
+    config = BertConfig(**plain, **sizes)
     return BertForMaskedLM(config) if masked else BertModel(config)
 
 

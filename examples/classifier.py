@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
+from examples.attention import unmasked
 from examples.curves import Curve, print_table, save_curves, spread, write_json
 from examples.training import Figures, Settings, arguments, device, picks, seeds, train, with_factors
 
@@ -93,6 +94,7 @@ def vit(width: int, layers: int) -> nn.Module:
         num_labels=CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        attn_implementation=unmasked(),
     )
     return ViTForImageClassification(config)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM
 
+from examples.attention import unmasked
 from examples.corpus import Size, load_corpus
 from examples.curves import Curve, milliseconds, print_table, save_curves, spread, write_json
 from examples.training import Figures, Settings, arguments, seeds, train, with_factors
@@ -82,6 +83,7 @@ def bert(size: Size, vocabulary: int) -> nn.Module:
         max_position_embeddings=size.length,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        attn_implementation=unmasked(),
     )
     return BertForMaskedLM(config)
 
