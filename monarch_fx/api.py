@@ -133,8 +133,9 @@ def monarchify(
             E[x x^T] and E[g g^T], with g the loss gradients at the outputs.
         anchor: Batches like those of ``calibration``, or the same. The products are then projected in the order in
             which the model runs them, each for the inputs that the compressed ones before feed it, and so that its
-            outputs come near to those of the dense model: errors made before are mended. The batches are all in memory
-            at once, with what the model has computed of them so far.
+            outputs come near to those of the dense model: errors made before are mended. A bias that only one product
+            adds gives the mean of its outputs back. The batches are all in memory at once, with what the model has
+            computed of them so far.
         work_dir: A folder in which the factors of each product are kept as soon as they are projected. Called again
             after an interruption, projecting goes on where it was; factors of other weights, structures or calibration
             data are known by a hash, and made anew.
@@ -320,6 +321,12 @@ def _carry_out(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     weights: dict[str, MonarchWeight] = {}
 
+    def install(target: nn.Module, name: str, weight: MonarchWeight) -> None:
+        rewrite.install(target, name, weight)
+        for product in [d.candidate for d in jobs[name]]:
+            if product.name in maker.shifts:
+                rewrite.shift_bias(target, product, maker.shifts[product.name])
+
     def finish(target: nn.Module) -> None:
         after = checks.total_params(target.parameters())
         seconds = time.perf_counter() - start
@@ -331,7 +338,7 @@ def _carry_out(
         for name, decisions in tqdm(jobs.items(), desc="project", unit="weight", leave=False):
             weight = rewrite.build_weight(parameters[name], decisions, maker.make)
             if inplace:
-                rewrite.install(model, name, weight)
+                install(model, name, weight)
                 del parameters[name]
             else:
                 weights[name] = weight
@@ -343,7 +350,7 @@ def _carry_out(
     else:
         target = rewrite.copy_without(model, weights)
         for name, weight in weights.items():
-            rewrite.install(target, name, weight)
+            install(target, name, weight)
     if isinstance(target, fx.GraphModule):
         graph.expose(target, inputs)
     finish(target)

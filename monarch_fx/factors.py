@@ -54,6 +54,7 @@ class FactorMaker:
         self.init, self.statistics, self.folder = init, statistics, folder
         self.errors: dict[str, float] = {}
         self.losses: dict[str, float] = {}
+        self.shifts: dict[str, Tensor] = {}  # of biases, (out,), float64
         self.made: dict[str, Monarch] = {}  # in the order of the model, before they are asked for
 
     def make(self, name: str, dense: Tensor, shape: MonarchShape) -> Monarch:
@@ -65,15 +66,15 @@ class FactorMaker:
         parameters = dict(model.named_parameters(remove_duplicate=False))
         shapes = {d.candidate.name: d.shape for d in plan.rewritten if d.shape is not None}
 
-        def compress(candidate: Candidate, moments: Moments | None) -> Tensor:
+        def compress(candidate: Candidate, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
             name, dense = candidate.name, candidate.view.gather(parameters[candidate.parameter]).detach()
             seen = self.statistics.get(name)
             if moments is not None:
                 gradients = None if seen is None else seen.gradients
-                seen = Statistics(moments.gram / moments.tokens, gradients, moments.drift / moments.tokens)
+                seen = moments.statistics(gradients, candidate.own_bias is not None)
             self.made[name] = self._make(name, dense, shapes[name], seen)
             with torch.autocast(dense.device.type, enabled=False):
-                return self.made[name].to_dense() - dense
+                return self.made[name].to_dense() - dense, self.shifts.get(name)
 
         compress_in_order(model, [d.candidate for d in plan.rewritten], batches, compress)
 
@@ -84,6 +85,9 @@ class FactorMaker:
             self.errors[name] = float("nan")
             return monarch
         monarch = self._projected(name, dense, shape, seen)
+        if seen is not None and seen.mean is not None and seen.shift is not None:
+            W, M = dense.double(), monarch.to_dense().double()
+            self.shifts[name] = W @ (seen.mean + seen.shift) - M @ seen.mean
         known = self.statistics.get(name, seen)
         if known is not None:
             self.errors[name] = output_error(dense, monarch, known.inputs)

@@ -12,7 +12,7 @@ from monarch_fx.errors import PlanMismatchError
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Candidate:
         bias: The products add a bias.
         activated: Their results go into an activation that the operator can compute, and nowhere else.
         together: Products that read the same activation, this one among them.
+        own_bias: A bias that only these products add: its parameter, and the place in it of that of the first output.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Candidate:
     bias: bool = False
     activated: bool = False
     together: int = 1
+    own_bias: tuple[str, int] | None = None
 
     @property
     def in_features(self) -> int:
@@ -293,8 +295,10 @@ def _plan(data: dict[str, Any]) -> Plan:
         calls = tuple(Call(**call) for call in candidate.pop("calls"))
         shape = item.pop("shape")
         item["pays"] = tuple(map(tuple, item["pays"]))
+        own_bias = candidate.pop("own_bias")
         made = Candidate(
             **{**candidate, "parameter_shape": tuple(candidate["parameter_shape"])},
+            own_bias=None if own_bias is None else (own_bias[0], int(own_bias[1])),
             view=MatrixView(batch, out, inp, view["offset"]),
             calls=calls,
         )

@@ -20,7 +20,7 @@ from monarch_fx.errors import ConfigError
 from monarch_fx.layers import MonarchWeight
 from monarch_fx.layers.match import Match
 from monarch_fx.passes.abreast import Run, side_by_side, this_run
-from monarch_fx.passes.calibrate import add_products, observed
+from monarch_fx.passes.calibrate import Statistics, add_products, observed
 from monarch_fx.passes.inputs import each_inputs
 from monarch_fx.passes.losses import counted
 from monarch_fx.passes.modes import evaluated
@@ -35,24 +35,38 @@ class Moments:
     Attributes:
         gram: (in, in), of x' x'^T, float64.
         drift: (in, in), of (x - x') x'^T.
+        mean: (in,), of x'.
+        shift: (in,), of x - x'.
         tokens: Their number.
     """
 
     gram: Tensor
     drift: Tensor
+    mean: Tensor
+    shift: Tensor
     tokens: int = 0
 
     def add(self, rows: Tensor, wanted: Tensor | None) -> None:
         """Inputs x' (tokens, in) and those x of the dense model, None where it has no such ones."""
         self.tokens += len(rows)
+        self.mean += rows.sum(0, dtype=torch.float64)
         add_products(self.gram, rows, rows)
         if wanted is not None:
             wide = torch.promote_types(rows.dtype, torch.float32)
-            add_products(self.drift, wanted.to(wide) - rows.to(wide), rows)
+            away = wanted.to(wide) - rows.to(wide)
+            self.shift += away.sum(0, dtype=torch.float64)
+            add_products(self.drift, away, rows)
+
+    def statistics(self, gradients: Tensor | None, own_bias: bool) -> Statistics:
+        """Means; with a bias of its own, which sees to the mean, a product's matrix is for what varies."""
+        gram, drift, mean, shift = (part / self.tokens for part in (self.gram, self.drift, self.mean, self.shift))
+        if not own_bias:
+            return Statistics(gram, gradients, drift)
+        return Statistics(gram - mean.outer(mean), gradients, drift - shift.outer(mean), mean, shift)
 
 
-# A product, and what it sees, where that is known -> how much its matrix changes.
-Compress = Callable[[Candidate, "Moments | None"], Tensor]
+# A product, and what it sees, where that is known -> how much its matrix and its bias change.
+Compress = Callable[[Candidate, "Moments | None"], tuple[Tensor, "Tensor | None"]]
 
 
 def compress_in_order(
@@ -75,7 +89,7 @@ def compress_in_order(
     device = next(model.parameters()).device
     inputs = [given.on(device) for given in each_inputs(model, batches, "anchor")]
     plain = {c.name: c for c in candidates if c.batch == 1}
-    changes: dict[str, Tensor] = {}
+    changes: dict[str, tuple[Tensor, Tensor | None]] = {}
     twins: set[Run] = set()
 
     def observe(mine: Sequence[Candidate], match: Match, x: Tensor, y: Tensor) -> Tensor:
@@ -84,8 +98,11 @@ def compress_in_order(
             run.stop(name, x)
         if name not in changes or run not in twins:
             return y
-        change = changes[name] if match.rows is None else changes[name][match.rows]
-        return y + F.linear(x, (change.mT if match.flipped else change).to(x.dtype)).to(y.dtype)
+        change, shift = changes[name]
+        if match.flipped:
+            return y + F.linear(x, change.mT.to(x.dtype)).to(y.dtype)
+        rows = slice(None) if match.rows is None else match.rows
+        return y + F.linear(x, change[rows].to(x.dtype), None if shift is None else shift[rows].to(x.dtype)).to(y.dtype)
 
     twin = evaluated(observed(model, candidates, observe)).requires_grad_(False)
     pairs = [(Run(_own(twin), batch.cloned()), Run(_own(twin), batch.cloned())) for batch in inputs]
@@ -120,7 +137,7 @@ def _moments(pairs: Sequence[tuple[Run, Run]], resting: Sequence[Run], name: str
         rows = counted(compressed.x, compressed.mask)
         if found is None:
             zero = rows.new_zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-            found = Moments(zero, zero.clone())
+            found = Moments(zero, zero.clone(), zero[0].clone(), zero[0].clone())
         x = dense.x if dense in here else None
         found.add(rows, None if x is None or x.shape != compressed.x.shape else counted(x, dense.mask))
     if found is None or not found.tokens:

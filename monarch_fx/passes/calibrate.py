@@ -42,16 +42,20 @@ class Statistics:
     """Second moments of a product over the calibration data, float64.
 
     Attributes:
-        inputs: (in, in), the mean of x x^T over its inputs.
+        inputs: (in, in), the mean of x x^T over its inputs; where ``mean`` is given, their covariance.
         gradients: (out, out), the sum of g g^T over its outputs for each token of the model's loss; None where no loss
             was differentiated, or it doesn't depend on the product.
         drift: (in, in), the mean of (x - x') x'^T where ``inputs`` are those x' that a compressed model feeds it, and x
-            those of the dense one; None where they are the same.
+            those of the dense one, or their covariance; None where they are the same.
+        mean: (in,), of x', where a bias of the product's own takes what is lost of the mean of its outputs.
+        shift: (in,), the mean of x - x', beside ``mean``.
     """
 
     inputs: Tensor
     gradients: Tensor | None
     drift: Tensor | None = None
+    mean: Tensor | None = None
+    shift: Tensor | None = None
 
     def on_cpu(self) -> Statistics:
         return Statistics(self.inputs.cpu(), None if self.gradients is None else self.gradients.cpu())

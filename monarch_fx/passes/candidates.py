@@ -56,7 +56,7 @@ class _Activation:
 
 @dataclass(frozen=True)
 class Use:
-    """One product node of a graph; ``x`` is the node of its activation."""
+    """One product node of a graph; ``x`` is the node of its activation, ``bias`` a parameter that it adds."""
 
     node: fx.Node
     x: fx.Node
@@ -65,6 +65,7 @@ class Use:
     kind: str
     tokens: str
     count: int
+    bias: StaticValue | None
 
 
 @dataclass
@@ -127,13 +128,32 @@ def find_candidates(captured: Captured, model: nn.Module) -> tuple[list[Candidat
                     kind=group[0].kind,
                     calls=calls,
                     dtype=str(parameter.dtype).removeprefix("torch."),
-                    bias=all(use.product.bias for use in group),
+                    bias=all(use.product.bias is not None for use in group),
                     activated=all(_is_activated(use.node) for use in group),
                     together=min(readers[use.x] for use in group),
+                    own_bias=_own_bias(matrix, group, found, ties),
                 )
             )
     declined += _unseen_layers(model, captured, found)
     return candidates, declined
+
+
+def _own_bias(matrix: MatrixView, group: list[Use], found: Found, ties: dict[str, str]) -> tuple[str, int] | None:
+    """The bias of a product, where all its calls add the same one, and nothing else reads any entry of it."""
+    bias, size = group[0].bias, matrix.out_features
+    if bias is None or matrix.batch or any(use.bias != bias or use.product.matrix != matrix for use in group):
+        return None
+    view = bias.static.view
+    if (view.sizes, view.strides) != ((size,), (1,)) or bias.parameter in {*ties, *found.other_readers}:
+        return None
+    for use in itertools.chain.from_iterable(found.uses.values()):
+        other = use.bias
+        if other is None or other.parameter != bias.parameter or any(use is mine for mine in group):
+            continue
+        start, stop = other.static.view.offset, other.static.view.offset + other.static.view.sizes[0]
+        if other.static.view.strides != (1,) or (start < view.offset + size and view.offset < stop):
+            return None
+    return bias.parameter, view.offset
 
 
 def _is_activated(node: fx.Node) -> bool:
@@ -181,14 +201,19 @@ def _follow(node: fx.Node, captured: Captured, found: Found) -> None:
         return
     rule = RULES.get(name)
     if rule is not None:
-        answer = _ask(rule, node, found)
+        operands = {a: _operand(a, found) for a in node.all_input_nodes}
+        answer = _ask(rule, node, operands)
         if isinstance(answer, Product):
             tokens, count = _tokens(answer, captured)
             kind = _KINDS.get(name, name)
             parameter = next(found.values[a].parameter for a in statics if _is_weight(found.values[a], answer))
             x = next((a for a in node.all_input_nodes if a not in found.values), node)
-            use = Use(node, x, parameter, answer, kind, tokens, count)
-            found.uses.setdefault(parameter, []).append(use)
+            vectors = {a: found.values[a] for a in statics if _is_vector(found.values[a])}
+            bias = next((value for a, value in vectors.items() if operands[a] is answer.bias), None)
+            for value in vectors.values():
+                if value is not bias:
+                    found.other_readers.setdefault(value.parameter, set()).add(name)
+            found.uses.setdefault(parameter, []).append(Use(node, x, parameter, answer, kind, tokens, count, bias))
             return
         if isinstance(answer, Refusal) or computed:
             _decline(node, name, answer, statics, computed, found)
@@ -264,17 +289,22 @@ def _gathered(node: fx.Node, base: StaticValue, found: Found) -> StaticValue | N
     return StaticValue(base.parameter, Static(rest, picked=(view.sizes[0], view.strides[0])))
 
 
-def _ask(rule: Any, node: fx.Node, found: Found) -> Product | Refusal | None:
-    """Calls a rule with the node's arguments: matrices as Static, activations as their (fake) values."""
+def _is_vector(value: Any) -> bool:
+    return isinstance(value, StaticValue) and value.static.ndim == 1
 
-    def operand(a: fx.Node) -> Any:
-        value = found.values.get(a)
-        if isinstance(value, StaticValue) and value.static.ndim > 1:
-            return value.static
-        captured = value_of(a)
-        return _Activation() if captured is None else captured
 
-    args, kwargs = fx.node.map_arg((node.args, node.kwargs), operand)
+def _operand(node: fx.Node, found: Found) -> Any:
+    """What a rule is given: matrices as Static, activations and biases as their (fake) values."""
+    value = found.values.get(node)
+    if isinstance(value, StaticValue) and value.static.ndim > 1:
+        return value.static
+    captured = value_of(node)
+    return _Activation() if captured is None else captured
+
+
+def _ask(rule: Any, node: fx.Node, operands: dict[fx.Node, Any]) -> Product | Refusal | None:
+    """Calls a rule with the node's arguments."""
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), operands.__getitem__)
     try:
         answer: Product | Refusal | None = rule(*args, **kwargs)
     except (TypeError, ValueError, IndexError) as error:

@@ -12,7 +12,7 @@ from torch import nn
 
 from monarch_fx.errors import MonarchError
 from monarch_fx.layers import MonarchLinear, MonarchWeight
-from monarch_fx.records import Decision, Plan
+from monarch_fx.records import Candidate, Decision, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.views import MatrixView
 
@@ -57,6 +57,16 @@ def install(model: nn.Module, name: str, weight: MonarchWeight) -> None:
     del owner._parameters[key]
     weight.train(owner.training)
     owner.register_module(key, weight)
+
+
+def shift_bias(model: nn.Module, candidate: Candidate, shift: torch.Tensor) -> None:
+    """Adds ``shift`` (out,) to the bias of its own that a product has; in place."""
+    assert candidate.own_bias is not None
+    name, start = candidate.own_bias
+    bias = dict(model.named_parameters(remove_duplicate=False))[name]
+    values = bias.data.clone()  # what was made in inference mode can't be changed in place
+    values[start : start + len(shift)] += shift.to(values)
+    bias.data = values
 
 
 def copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:

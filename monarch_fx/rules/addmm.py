@@ -14,7 +14,7 @@ def addmm(input: Any, mat1: Any, mat2: Any, *, beta: Any = 1, alpha: Any = 1) ->
     if isinstance(input, Static):
         return Refusal("the added operand is a view of a rewritten parameter")
     if alpha == 1 and beta == 1 and isinstance(mat2, Static):
-        return Product(product.matrix, product.x, lambda multiply: multiply(mat1, input), bias=True)
+        return Product(product.matrix, product.x, lambda multiply: multiply(mat1, input), bias=input)
     # torch ignores the added operand where beta is 0, NaN included
     if beta == 0:
         return Product(product.matrix, product.x, lambda multiply: alpha * product.rewrite(multiply))

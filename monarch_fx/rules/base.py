@@ -53,14 +53,14 @@ class Product:
         x: The activation.
         rewrite: Computes the call's value, given the structured product.
         thin: Only one in ``thin`` rows of ``x`` is multiplied (strided 1x1 convolution).
-        bias: The structured product is given a bias.
+        bias: The operand that the structured product is given as its bias, if any.
     """
 
     matrix: MatrixView
     x: Any
     rewrite: Callable[[Multiply], Any]
     thin: int = 1
-    bias: bool = False
+    bias: Any = None
 
 
 @dataclass(frozen=True)

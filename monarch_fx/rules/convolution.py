@@ -43,7 +43,7 @@ def convolution(
     thin = 1
     for step in steps if pointwise else ():
         thin *= step
-    return Product(matrix, input, rewrite, thin, bias=bias is not None)
+    return Product(matrix, input, rewrite, thin, bias=bias)
 
 
 def conv_any(

@@ -18,4 +18,4 @@ def linear(input: Any, weight: Any, bias: Any = None) -> Product | Refusal | Non
     if weight.gathered:
         return Refusal("its rows are chosen at run time")
     matrix = weight.matrix(out=[0], inp=[1])
-    return Product(matrix, input, lambda multiply: multiply(input, bias), bias=bias is not None)
+    return Product(matrix, input, lambda multiply: multiply(input, bias), bias=bias)
