@@ -377,17 +377,22 @@ def _targets(
 
 def _output_error(subject: Subject, compressed: nn.Module) -> float:
     """Mean over all products that any method may compress of ``||(W - M) x|| / ||W x||`` on calibration text, which is
-    0 where they stay dense."""
+    0 where they stay dense; biases included."""
     plan = mfx.report(compressed).plan
     views = {decision.candidate.name: decision.candidate.view for decision in plan.decisions}
     seen = reordered_statistics(subject.calibration, views, plan.orders).statistics
-    weights = dict(reordered(subject.model, plan.orders).named_parameters(remove_duplicate=False))
+    dense = dict(reordered(subject.model, plan.orders).named_parameters(remove_duplicate=False))
     made = dict(mfx.to_dense(compressed).named_parameters(remove_duplicate=False))
     errors = []
-    for decision in plan.decisions:
-        view, C = decision.candidate.view, seen[decision.candidate.name].inputs
-        W, M = (view.gather(all_[decision.candidate.parameter]).double() for all_ in (weights, made))
-        errors.append(math.sqrt(max(0.0, energy(W - M, C)) / energy(W, C)))
+    for product in [decision.candidate for decision in plan.decisions]:
+        found = seen[product.name]
+        W, M = (product.view.gather(parameters[product.parameter]).double() for parameters in (dense, made))
+        total, wrong = energy(W, found.inputs), W - M
+        if product.own_bias is not None:  # which may be corrected
+            name, start = product.own_bias
+            b, c = (parameters[name][start : start + len(W), None].double() for parameters in (dense, made))
+            found, wrong = found.with_constant(), torch.cat([wrong, b - c], 1)
+        errors.append(math.sqrt(max(0.0, energy(wrong, found.inputs)) / total))
     return statistics.mean(errors)
 
 

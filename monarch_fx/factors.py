@@ -19,7 +19,7 @@ from monarch_fx.errors import ConfigError
 from monarch_fx.layers import init_factors
 from monarch_fx.passes.anchor import Moments, compress_in_order
 from monarch_fx.passes.calibrate import Statistics
-from monarch_fx.projection import output_error, project, project_on_inputs
+from monarch_fx.projection import energy, project, project_on_inputs
 from monarch_fx.records import Candidate, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 
@@ -68,36 +68,48 @@ class FactorMaker:
 
         def compress(candidate: Candidate, moments: Moments | None) -> tuple[Tensor, Tensor | None]:
             name, dense = candidate.name, candidate.view.gather(parameters[candidate.parameter]).detach()
-            seen = self.statistics.get(name)
+            seen, corrects = self.statistics.get(name), False
             if moments is not None:
-                gradients = None if seen is None else seen.gradients
-                seen = moments.statistics(gradients, candidate.own_bias is not None)
-            self.made[name] = self._make(name, dense, shapes[name], seen)
+                seen = moments.statistics(None if seen is None else seen.gradients)
+                corrects = candidate.own_bias is not None
+            self.made[name] = self._make(name, dense, shapes[name], seen, corrects)
             with torch.autocast(dense.device.type, enabled=False):
                 return self.made[name].to_dense() - dense, self.shifts.get(name)
 
         compress_in_order(model, [d.candidate for d in plan.rewritten], batches, compress)
 
-    def _make(self, name: str, dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:
+    def _make(
+        self, name: str, dense: Tensor, shape: MonarchShape, seen: Statistics | None, corrects: bool = False
+    ) -> Monarch:
+        """``corrects``: a bias takes what is lost of the mean of the outputs."""
         if self.init == "random":
             monarch = Monarch.empty(shape, len(dense) if dense.ndim == 3 else None, dense.dtype, dense.device)
             init_factors(monarch, float(dense.float().square().mean().sqrt()))
             self.errors[name] = float("nan")
             return monarch
-        monarch = self._projected(name, dense, shape, seen)
-        if seen is not None and seen.mean is not None and seen.shift is not None:
+        if corrects and seen is not None and seen.shift is not None:
+            monarch = self._projected(name, dense, shape, seen.centred())
             W, M = dense.double(), monarch.to_dense().double()
             self.shifts[name] = W @ (seen.mean + seen.shift) - M @ seen.mean
-        known = self.statistics.get(name, seen)
-        if known is not None:
-            self.errors[name] = output_error(dense, monarch, known.inputs)
         else:
-            wide = torch.promote_types(dense.dtype, torch.float32)
-            wrong, norm = monarch.to_dense().to(wide) - dense.to(wide), dense.to(wide).norm()
-            self.errors[name] = float(wrong.norm() / norm.clamp_min(torch.finfo(wide).tiny))
-        if known is not None and known.gradients is not None:
-            self.losses[name] = assess.loss(dense - monarch.to_dense(), known)
+            monarch = self._projected(name, dense, shape, seen)
+        self._note(name, dense, monarch, self.statistics.get(name, seen))
         return monarch
+
+    def _note(self, name: str, dense: Tensor, monarch: Monarch, seen: Statistics | None) -> None:
+        """What the structure costs."""
+        wide = torch.promote_types(dense.dtype, torch.float32) if seen is None else torch.float64
+        dense = dense.to(wide)
+        wrong, tiny = dense - monarch.to_dense().to(wide), torch.finfo(wide).tiny
+        if seen is None:
+            self.errors[name] = float(wrong.norm() / dense.norm().clamp_min(tiny))
+            return
+        total = max(energy(dense, seen.inputs), tiny)
+        if name in self.shifts:
+            wrong, seen = torch.cat([wrong, -self.shifts[name][:, None]], 1), seen.with_constant()
+        self.errors[name] = (max(energy(wrong, seen.inputs), 0.0) / total) ** 0.5  # in this order NaN stays NaN
+        if seen.gradients is not None:
+            self.losses[name] = assess.loss(wrong, seen)
 
     def _projected(self, name: str, dense: Tensor, shape: MonarchShape, seen: Statistics | None) -> Monarch:
         if self.folder is None:

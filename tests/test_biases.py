@@ -180,3 +180,20 @@ def test_hidden_features_in_another_order() -> None:
     ours = mfx.monarchify(model, example_inputs=batches[0], config=config, calibration=batches, anchor=batches)
     assert mfx.report(ours).plan.orders
     torch.testing.assert_close(mean(ours, batches), mean(model, batches), rtol=0, atol=1e-12)
+
+
+def test_reports_count_the_bias() -> None:
+    """The error that is reported is that of the outputs with it; so is the loss, which goes by the same moments."""
+    torch.manual_seed(0)
+    model, batches = nn.Linear(24, 32).double(), inputs()
+    plan = mfx.plan(model, example_inputs=batches[0], config=FEW)
+    seen = mfx.calibrate(model, batches)
+    ours = mfx.monarchify(model, plan=plan, calibration=seen, anchor=batches)
+    x = torch.cat(batches).flatten(0, 1)
+    with torch.no_grad():
+        wrong, exact = ours(x) - model(x), model(x) - model.bias
+    G = seen.statistics["weight"].gradients
+    assert G is not None
+    report = mfx.report(ours)
+    assert dict(report.errors)["weight"] == pytest.approx(float(wrong.norm() / exact.norm()), rel=1e-9)
+    assert report.loss == pytest.approx(float((wrong @ G * wrong).sum(1).mean()) / 2, rel=1e-9)

@@ -57,12 +57,9 @@ class Moments:
             self.shift += away.sum(0, dtype=torch.float64)
             add_products(self.drift, away, rows)
 
-    def statistics(self, gradients: Tensor | None, own_bias: bool) -> Statistics:
-        """Means; with a bias of its own, which sees to the mean, a product's matrix is for what varies."""
-        gram, drift, mean, shift = (part / self.tokens for part in (self.gram, self.drift, self.mean, self.shift))
-        if not own_bias:
-            return Statistics(gram, gradients, drift)
-        return Statistics(gram - mean.outer(mean), gradients, drift - shift.outer(mean), mean, shift)
+    def statistics(self, gradients: Tensor | None) -> Statistics:
+        gram, mean, drift, shift = (part / self.tokens for part in (self.gram, self.mean, self.drift, self.shift))
+        return Statistics(gram, gradients, mean, drift, shift)
 
 
 # A product, and what it sees, where that is known -> how much its matrix and its bias change.

@@ -9,6 +9,7 @@ group of products, between which they go to the CPU. ``losses.py`` says what the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import os
@@ -33,32 +34,46 @@ from monarch_fx.records import Candidate
 
 Observe = Callable[[Sequence[Candidate], Match, Tensor, Tensor], Tensor]
 
-FORMAT = "calibration 1"
+FORMAT = "calibration 2"
 ROWS_AT_ONCE = 4096  # added up in float32, then in float64
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Second moments of a product over the calibration data, float64.
+    """Moments of a product over the calibration data, float64.
 
     Attributes:
-        inputs: (in, in), the mean of x x^T over its inputs; where ``mean`` is given, their covariance.
+        inputs: (in, in), the mean of x x^T over its inputs.
         gradients: (out, out), the sum of g g^T over its outputs for each token of the model's loss; None where no loss
             was differentiated, or it doesn't depend on the product.
+        mean: (in,), of x.
         drift: (in, in), the mean of (x - x') x'^T where ``inputs`` are those x' that a compressed model feeds it, and x
-            those of the dense one, or their covariance; None where they are the same.
-        mean: (in,), of x', where a bias of the product's own takes what is lost of the mean of its outputs.
-        shift: (in,), the mean of x - x', beside ``mean``.
+            those of the dense one; None where they are the same.
+        shift: (in,), the mean of x - x', beside ``drift``.
     """
 
     inputs: Tensor
     gradients: Tensor | None
+    mean: Tensor
     drift: Tensor | None = None
-    mean: Tensor | None = None
     shift: Tensor | None = None
 
     def on_cpu(self) -> Statistics:
-        return Statistics(self.inputs.cpu(), None if self.gradients is None else self.gradients.cpu())
+        gradients = None if self.gradients is None else self.gradients.cpu()
+        return Statistics(self.inputs.cpu(), gradients, self.mean.cpu())
+
+    def centred(self) -> Statistics:
+        """Covariances: what a matrix sees beside which a bias sees to the means."""
+        inputs, drift = self.inputs - self.mean.outer(self.mean), self.drift
+        if drift is not None and self.shift is not None:
+            drift = drift - self.shift.outer(self.mean)
+        return dataclasses.replace(self, inputs=inputs, drift=drift)
+
+    def with_constant(self) -> Statistics:
+        """What a matrix sees the last column of which is a bias: a 1 behind x."""
+        mean = torch.cat([self.mean, self.mean.new_ones(1)])
+        rows = torch.cat([self.inputs, self.mean[None]])
+        return Statistics(torch.cat([rows, mean[:, None]], 1), self.gradients, mean)
 
 
 @dataclass(frozen=True)
@@ -83,7 +98,7 @@ class Calibration:
         """
         tensors = {}
         for name, seen in self.statistics.items():
-            tensors[f"{name}.inputs"] = seen.inputs.contiguous()
+            tensors[f"{name}.inputs"], tensors[f"{name}.mean"] = seen.inputs.contiguous(), seen.mean.contiguous()
             if seen.gradients is not None:
                 tensors[f"{name}.gradients"] = seen.gradients.contiguous()
         files.write(path, tensors, {"monarch_fx": FORMAT, "loss": self.loss or "", "fingerprint": self.fingerprint})
@@ -113,7 +128,10 @@ class Calibration:
                 f"{known.get('monarch_fx')!r}."
             )
         names = [key.removesuffix(".inputs") for key in tensors if key.endswith(".inputs")]
-        seen = {name: Statistics(tensors[f"{name}.inputs"], tensors.get(f"{name}.gradients")) for name in sorted(names)}
+        seen = {}
+        for name in sorted(names):
+            gradients = tensors.get(f"{name}.gradients")
+            seen[name] = Statistics(tensors[f"{name}.inputs"], gradients, tensors[f"{name}.mean"])
         return Calibration(seen, known["loss"] or None, known["fingerprint"])
 
 
@@ -125,6 +143,7 @@ class _Sums:
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     tokens: int = 0
@@ -137,7 +156,9 @@ class _Sums:
             return y
         candidate = candidates[match.piece]
         rows = self._counted(x)
-        add_products(_sum(self.inputs, candidate.name, rows, rows.shape[1]), rows, rows)
+        size = rows.shape[1]
+        add_products(_sum(self.inputs, candidate.name, rows, size, size), rows, rows)
+        _sum(self.means, candidate.name, rows, size).add_(rows.sum(0, dtype=torch.float64))
         self.counts[candidate.name] = self.counts.get(candidate.name, 0) + len(rows)
         if self.anchor is not None:
             y = y + self.anchor
@@ -147,7 +168,7 @@ class _Sums:
 
     def _feel(self, candidate: Candidate, part: slice | None, gradient: Tensor) -> None:
         rows = self._counted(gradient)
-        total = _sum(self.gradients, candidate.name, rows, candidate.out_features)
+        total = _sum(self.gradients, candidate.name, rows, candidate.out_features, candidate.out_features)
         add_products(total if part is None else total[part, part], rows, rows)
 
     def _counted(self, x: Tensor) -> Tensor:
@@ -155,6 +176,7 @@ class _Sums:
 
     def start_again_without_gradients(self) -> None:
         self.inputs.clear()
+        self.means.clear()
         self.counts.clear()
         self.gradients.clear()
         self.anchor = self.loss = None
@@ -167,12 +189,12 @@ class _Sums:
             if gradients is not None:
                 gradients = gradients.div_(self.tokens) if gradients.any() else None
             if count:
-                found[name] = Statistics(inputs.div_(count), gradients)
+                found[name] = Statistics(inputs.div_(count), gradients, self.means.pop(name).div_(count))
         return found
 
 
-def _sum(sums: dict[str, Tensor], name: str, rows: Tensor, size: int) -> Tensor:
-    return sums.setdefault(name, rows.new_zeros(size, size, dtype=torch.float64))
+def _sum(sums: dict[str, Tensor], name: str, rows: Tensor, *sizes: int) -> Tensor:
+    return sums.setdefault(name, rows.new_zeros(sizes, dtype=torch.float64))
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor) -> None:

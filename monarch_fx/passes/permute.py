@@ -119,6 +119,8 @@ class _Reordered(Mapping[str, Statistics]):
             if found is not None:
                 at = order.to(found.device)
                 made[moments] = found[at][:, at]
+            if moments == "inputs":
+                made["mean"] = seen.mean[order.to(seen.mean.device)]
         return dataclasses.replace(seen, **made)
 
     def __contains__(self, name: object) -> bool:
