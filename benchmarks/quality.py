@@ -390,7 +390,7 @@ def _output_error(subject: Subject, compressed: nn.Module) -> float:
         total, wrong = energy(W, found.inputs), W - M
         if product.own_bias is not None:  # which may be corrected
             name, start = product.own_bias
-            b, c = (parameters[name][start : start + len(W), None].double() for parameters in (dense, made))
+            b, c = (parameters[name].flatten()[start : start + len(W), None].double() for parameters in (dense, made))
             found, wrong = found.with_constant(), torch.cat([wrong, b - c], 1)
         errors.append(math.sqrt(max(0.0, energy(wrong, found.inputs)) / total))
     return statistics.mean(errors)

@@ -45,7 +45,8 @@ class Candidate:
         bias: The products add a bias.
         activated: Their results go into an activation that the operator can compute, and nowhere else.
         together: Products that read the same activation, this one among them.
-        own_bias: A bias that only these products add: its parameter, and the place in it of that of the first output.
+        own_bias: A bias that only these products add: its parameter, and the place among its entries of that of the
+            first output.
     """
 
     name: str

@@ -30,6 +30,18 @@ class Attention(nn.Module):
         return torch.cat([q, k, v], -1)
 
 
+class Rows(nn.Module):
+    """Biases of two layers in one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Parameter(torch.randn(32, 24) / 5), nn.Parameter(torch.randn(32, 24) / 5)
+        self.biases = nn.Parameter(torch.randn(2, 32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.linear(x, self.first, self.biases[0]), F.linear(x, self.second, self.biases[1])], -1)
+
+
 class Pixels(nn.Module):
     """A convolution of 1x1, with rows in and out."""
 
@@ -57,6 +69,7 @@ SINGLE = {
     "linear": lambda: nn.Linear(24, 32),
     "Conv1D": lambda: Conv1D(32, 24),
     "packed": Attention,
+    "rows of one parameter": Rows,
     "convolution": Pixels,
     "graph": lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Linear(24, 32))),
 }

@@ -64,9 +64,9 @@ def shift_bias(model: nn.Module, candidate: Candidate, shift: torch.Tensor) -> N
     assert candidate.own_bias is not None
     name, start = candidate.own_bias
     bias = dict(model.named_parameters(remove_duplicate=False))[name]
-    values = bias.data.clone()  # what was made in inference mode can't be changed in place
+    values = bias.data.flatten().clone()  # what was made in inference mode can't be changed in place
     values[start : start + len(shift)] += shift.to(values)
-    bias.data = values
+    bias.data = values.view(bias.shape)
 
 
 def copy_without(model: nn.Module, names: Iterable[str]) -> nn.Module:
