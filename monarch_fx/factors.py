@@ -19,7 +19,7 @@ from monarch_fx.errors import ConfigError
 from monarch_fx.layers import init_factors
 from monarch_fx.passes.anchor import Moments, compress_in_order
 from monarch_fx.passes.calibrate import Statistics
-from monarch_fx.projection import energy, project, project_on_inputs
+from monarch_fx.projection import project, project_on_inputs, relative_error
 from monarch_fx.records import Candidate, Plan
 from monarch_fx.structure import Monarch, MonarchShape
 
@@ -100,14 +100,15 @@ class FactorMaker:
         """What the structure costs."""
         wide = torch.promote_types(dense.dtype, torch.float32) if seen is None else torch.float64
         dense = dense.to(wide)
-        wrong, tiny = dense - monarch.to_dense().to(wide), torch.finfo(wide).tiny
+        wrong = dense - monarch.to_dense().to(wide)
         if seen is None:
-            self.errors[name] = float(wrong.norm() / dense.norm().clamp_min(tiny))
+            self.errors[name] = float(wrong.norm() / dense.norm().clamp_min(torch.finfo(wide).tiny))
             return
-        total = max(energy(dense, seen.inputs), tiny)
-        if name in self.shifts:
-            wrong, seen = torch.cat([wrong, -self.shifts[name][:, None]], 1), seen.with_constant()
-        self.errors[name] = (max(energy(wrong, seen.inputs), 0.0) / total) ** 0.5  # in this order NaN stays NaN
+        if name in self.shifts:  # the bias as one more column, of a feature that is always 1
+            shift = self.shifts[name][:, None]
+            wrong, dense = torch.cat([wrong, -shift], 1), torch.cat([dense, torch.zeros_like(shift)], 1)
+            seen = seen.with_constant()
+        self.errors[name] = relative_error(wrong, dense, seen.inputs)
         if seen.gradients is not None:
             self.losses[name] = assess.loss(wrong, seen)
 

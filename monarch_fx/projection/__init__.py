@@ -1,6 +1,6 @@
 """Dense weight -> Monarch factors, and the error that this costs."""
 
-from monarch_fx.projection.activation import energy, output_error, project_on_inputs, projected_error2
+from monarch_fx.projection.activation import energy, output_error, project_on_inputs, projected_error2, relative_error
 from monarch_fx.projection.closed_form import project
 from monarch_fx.projection.permutation import feature_order, read_features, written_features
 from monarch_fx.projection.prior import prior_tail
@@ -16,6 +16,7 @@ __all__ = [
     "project_on_inputs",
     "projected_error2",
     "read_features",
+    "relative_error",
     "tail_errors",
     "written_features",
 ]

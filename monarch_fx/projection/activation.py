@@ -66,7 +66,11 @@ def project_on_inputs(
 def output_error(weight: Tensor, monarch: Monarch, gram: Tensor, gradients: Tensor | None = None) -> float:
     """``||(W - M) x|| / ||W x||`` over the inputs that ``gram`` is the mean of; root mean square, in the norm of
     ``gradients`` where they are given."""
-    wrong = weight.detach().double() - monarch.to_dense().detach().double()
+    return relative_error(weight.detach().double() - monarch.to_dense().detach().double(), weight, gram, gradients)
+
+
+def relative_error(wrong: Tensor, weight: Tensor, gram: Tensor, gradients: Tensor | None = None) -> float:
+    """``output_error`` of a weight that misses ``wrong``, of the same shape."""
     total = max(energy(weight, gram, gradients), torch.finfo(torch.float64).tiny)
     return (max(energy(wrong, gram, gradients), 0.0) / total) ** 0.5  # in this order NaN stays NaN
 
