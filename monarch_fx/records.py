@@ -339,7 +339,7 @@ class Report:
     Attributes:
         plan: The plan that was carried out.
         errors: ``||W - M||_F / ||W||_F`` of every rewritten product, from its factors; NaN for ``init="random"``; where
-            ``calibrated`` ``||(W - M) x|| / ||W x||`` on the calibration inputs.
+            ``calibrated`` ``||(W - M) x|| / ||W x||`` on the calibration inputs, with what a corrected bias mends.
         init: ``"project"`` or ``"random"``.
         params_before: Parameters of the whole model, tied ones counted once.
         params_after: The same after rewriting.
