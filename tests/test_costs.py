@@ -367,17 +367,20 @@ class TestSurroundings:
     def test_a_bias_makes_the_second_half_a_kernel_of_ours(self) -> None:
         slow = dataclasses.replace(self.h100, kernel_efficiency=0.1)
 
-        def slower(grid: tuple[int, int], bias: bool, workload: str = "inference") -> bool:
+        def slower(grid: tuple[int, int], bias: bool, workload: str = "inference", tokens: int = 4096) -> bool:
             shape, around = MonarchShape(4096, 4096, *grid, 256), Surroundings(bias=bias)
             options = {"dtype": "bfloat16", "around": around, "workload": workload}
             return bool(
-                monarch_seconds(slow, 4096, shape, **options) > monarch_seconds(self.h100, 4096, shape, **options)
+                monarch_seconds(slow, tokens, shape, **options) > monarch_seconds(self.h100, tokens, shape, **options)
             )
 
         assert not slower((2, 1), bias=False)
         assert slower((2, 1), bias=True)
         assert not slower((1, 1), bias=True)  # one product of cuBLAS, which adds it
-        assert slower((2, 1), bias=False, workload="training")  # the transposed matrix has two columns of blocks
+        assert slower((2, 2), bias=False)
+        assert not slower((1, 2), bias=False)  # a single row of blocks: nothing to transpose
+        assert slower((1, 2), bias=False, tokens=256)
+        assert not slower((2, 1), bias=False, workload="training")  # the transposed matrix has one, too
 
     def test_an_activation_is_a_pass_behind_the_dense_product_alone(self) -> None:
         extra = dense_seconds(self.h100, 16384, 1024, 4096, dtype="bfloat16", around=Surroundings(activated=True))

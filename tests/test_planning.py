@@ -125,10 +125,13 @@ class TestOptions:
         n_out=st.integers(1, 3000),
         multiple=st.sampled_from([1, 8, 16]),
         budget=st.floats(0.01, 1.0),
+        terms=st.sampled_from([1, 64]),
     )
-    def test_ranks(self, n_in: int, n_out: int, multiple: int, budget: float) -> None:
+    def test_ranks(self, n_in: int, n_out: int, multiple: int, budget: float, terms: int) -> None:
         config = MonarchConfig(rank_multiple=multiple)
-        found = shapes(candidate("w", n_in, n_out), config, budget)
+        found = shapes(candidate("w", n_in, n_out), config, budget, terms)
+        others = shapes(candidate("w", n_in, n_out), config, budget)
+        assert {(s.nblocks_out, s.nblocks_in) for s in found} == {(s.nblocks_out, s.nblocks_in) for s in others}
         assert len(set(found)) == len(found)
         for grid, of_grid in itertools.groupby(found, key=lambda shape: (shape.nblocks_out, shape.nblocks_in)):
             group = list(of_grid)
@@ -138,6 +141,16 @@ class TestOptions:
                 assert shape.rank % multiple == 0
                 assert shape.rank <= min(shape.p, shape.s)
                 assert shape.params < n_in * n_out
+
+    @pytest.mark.parametrize(("tokens", "dtype"), [(4096, "bfloat16"), (64, "bfloat16"), (4096, "float32")])
+    def test_ranks_fill_the_kernels_of_a_gpu(self, tokens: int, dtype: str) -> None:
+        """Many tokens in half precision: sums over ranks, in gradients too, are multiples of 64."""
+        candidates = [candidate(str(n), 768 + 256 * n, 1024) for n in range(1, 9)]
+        config, where = MonarchConfig(require_speedup=False), {"tokens": {tokens: 1.0}, "dtype": dtype}
+        found = decided(candidates, 0.4, config, profile="h100", **where).values()
+        sums = [n * d.shape.rank % 64 for d in found if d.shape for n in (d.shape.nblocks_out, d.shape.nblocks_in)]
+        assert sums
+        assert any(sums) == ((tokens, dtype) != (4096, "bfloat16"))
 
     def test_ratios_are_dense_and_meet_the_budget(self) -> None:
         low_rank = [

@@ -71,7 +71,7 @@ def dense_seconds(
     """
     constants = _constants(profile, dtype)
     sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype])
-    on_gpu = _has_kernels(profile, dtype, batch)
+    on_gpu = has_kernels(profile, dtype, batch)
     seconds = _function("dense_on_gpu" if on_gpu else "dense", workload)(*sizes, *constants)
     if on_gpu and not _is_aligned(ROW, in_features, out_features):
         unaligned, padded = (
@@ -106,7 +106,7 @@ def monarch_seconds(
         sizes = (tokens, of.in_features, of.out_features, of.nblocks_out, of.nblocks_in, of.rank)
         return _function(structure, *lowering)(*sizes, batch, DTYPE_BYTES[dtype], *constants)
 
-    if not _has_kernels(profile, dtype, batch):
+    if not has_kernels(profile, dtype, batch):
         return seconds(shape, "monarch", workload)
     if workload == "training":
         return _in_halves(seconds, rows, shape, around.bias, training=True)
@@ -156,6 +156,8 @@ def _in_halves(
             if of.p % 64:
                 is_large = 2 * rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
                 time_s = np.where(is_large, many("strided", ROW), time_s)
+            if choice.is_library_first(choice.ROW_TOKENS, of.nblocks_in, of.nblocks_out, of.p):
+                time_s = np.where(rows >= choice.ROW_TOKENS, many("joined", ROW), time_s)
         return np.where(rows <= choice.FEW_TOKENS, seconds(of, "without_copies", "own", "own"), time_s)
 
     def padded(rank: int, p: int, s: int) -> Seconds:
@@ -190,14 +192,14 @@ def _is_aligned(row: int, *sizes: int) -> bool:
     return all(size % row == 0 for size in sizes)
 
 
-def _has_kernels(profile: DeviceProfile, dtype: str, batch: int) -> bool:
+def has_kernels(profile: DeviceProfile, dtype: str, batch: int) -> bool:
     """Whether this library's kernels run the product."""
     return batch == 1 and profile.kernel_efficiency > 0 and DTYPE_BYTES[dtype] == 2
 
 
 def _fuses(profile: DeviceProfile, dtype: str, batch: int, workload: str, around: Surroundings) -> bool:
     """Whether they compute the activation, too: gradients need what is in front of it."""
-    return around.activated and workload == "inference" and _has_kernels(profile, dtype, batch)
+    return around.activated and workload == "inference" and has_kernels(profile, dtype, batch)
 
 
 @functools.lru_cache(maxsize=4096)

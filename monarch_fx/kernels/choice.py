@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
 TOGETHER = 3  # products of the same few tokens in one launch
+ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
+TERMS = 64  # that kernels for many tokens add up at once: sums between two multiples take as long as the longer one
 STRIDED_FLOPS = 8e9  # in one call of the first half; above, cuBLAS is faster than tiles without tensor descriptors
 FUSED_TOKENS = 2048  # from which one kernel beats two on small products
 FUSED_FEATURES = 1024
@@ -124,6 +126,11 @@ def second_tile(
     if tiles(SQUARE) >= 1 and s % SQUARE.N == 0:
         return SQUARE
     return NARROW if tiles(NARROW) >= 0.4 else SMALL
+
+
+def is_library_first(tokens: int, n_in: int, n_out: int, p: int) -> bool:
+    """Whether a library runs the first half: with one column of blocks, or one row, there is nothing to transpose."""
+    return tokens > FEW_TOKENS if n_in == 1 else n_out == 1 and tokens >= ROW_TOKENS and p % 8 == 0
 
 
 def is_fused(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> bool:

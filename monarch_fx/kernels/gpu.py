@@ -1,11 +1,11 @@
 """What monarch_bmm runs on a GPU: products that write their results where the next one reads them, without copies.
 
 A product has two halves, or is one kernel where that is faster. The first half stores its result block-transposed (a
-Triton kernel); the second writes strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result
-gets a bias or an activation). Several products that read the same few tokens run half by half together. The backward
-pass runs the same halves with the factors swapped, since the transposed matrix is Monarch(L, R). Sizes that would slow
-them down are padded (``padding.py``). On a CPU, where it is tested, and where a kernel fails, plain batched products do
-the same.
+Triton kernel, or a cuBLAS call where one row or column of blocks leaves nothing to transpose); the second writes
+strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result gets a bias or an activation).
+Several products that read the same few tokens run half by half together. The backward pass runs the same halves with
+the factors swapped, since the transposed matrix is Monarch(L, R). Sizes that would slow them down are padded
+(``padding.py``). On a CPU, where it is tested, and where a kernel fails, plain batched products do the same.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import padding, reference
-from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, is_fused
+from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, is_fused, is_library_first
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -147,8 +147,8 @@ def _first(x: Tensor, R: Tensor) -> Tensor:
     """The intermediate (n_out, tokens, n_in * rank)."""
     n_in, n_out = R.shape[:2]
     tokens, t = len(x), _intermediate(x, R)
-    is_plain = n_in == 1 and tokens > FEW_TOKENS  # a plain result is what the second half reads
-    if tokens == 0 or (not is_plain and _ran("the first half", "first_half", x, R, t)):
+    by_library = is_library_first(tokens, n_in, n_out, R.shape[3])
+    if tokens == 0 or (not by_library and _ran("the first half", "first_half", x, R, t)):
         return t
     if n_in == 1:
         torch.mm(x, R.flatten(0, 2).mT, out=t.transpose(0, 1).flatten(1))

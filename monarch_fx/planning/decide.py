@@ -133,7 +133,7 @@ def _menu(
             time_s=run.seconds(candidate, shape),
             params=candidate.batch * shape.params,
         )
-        for shape in shapes(candidate, config, budget)
+        for shape in shapes(candidate, config, budget, run.terms(candidate))
     ]
     if not found:
         return Menu(candidate, dense, (dense,), _too_small(candidate, config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from monarch_fx.records import Candidate
 from monarch_fx.structure import MonarchShape
 
 RANKS_PER_GRID = 16
+FEWEST_RANKS = 3  # to choose from; else sums may be of any length
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,18 @@ def grids(candidate: Candidate, config: MonarchConfig) -> tuple[tuple[int, int],
     return tuple(sorted({(1, 1), *pairs}))
 
 
-def shapes(candidate: Candidate, config: MonarchConfig, budget: float | None) -> tuple[MonarchShape, ...]:
+def shapes(
+    candidate: Candidate, config: MonarchConfig, budget: float | None, terms: int = 1
+) -> tuple[MonarchShape, ...]:
     """The structures that are considered: one where ``config`` and ``budget`` leave no choice (see ``is_forced``), else
     those of every grid with fewer parameters than the dense matrix, at ranks that are multiples of
-    ``config.rank_multiple``."""
+    ``config.rank_multiple`` and, where enough of them are left, make sums over ranks multiples of ``terms``."""
     if is_forced(config, budget):
         return tuple(_forced(candidate, config, grid) for grid in grids(candidate, config))
     return tuple(
         MonarchShape(candidate.in_features, candidate.out_features, *grid, rank)
         for grid in grids(candidate, config)
-        for rank in _ranks(candidate, config, grid, budget)
+        for rank in _ranks(candidate, config, grid, budget, terms)
     )
 
 
@@ -79,12 +83,18 @@ def _forced(candidate: Candidate, config: MonarchConfig, grid: tuple[int, int]) 
     return MonarchShape(n_in, n_out, *grid, rank=min(rank, one.p, one.s))
 
 
-def _ranks(candidate: Candidate, config: MonarchConfig, grid: tuple[int, int], budget: float | None) -> list[int]:
+def _ranks(
+    candidate: Candidate, config: MonarchConfig, grid: tuple[int, int], budget: float | None, terms: int
+) -> list[int]:
     """At most ``RANKS_PER_GRID`` ranks in even steps, and the one that meets the budget if all products do."""
     n_in, n_out, step = candidate.in_features, candidate.out_features, config.rank_multiple
     one = MonarchShape(n_in, n_out, *grid, rank=1)
     dense = n_in * n_out
-    most = min((dense - 1) // one.params, one.p, one.s) // step
+    highest = min((dense - 1) // one.params, one.p, one.s)
+    full = math.lcm(step, terms // math.gcd(terms, *grid))  # sums have nblocks_in, in gradients nblocks_out ranks
+    if highest // full >= FEWEST_RANKS:
+        step = full
+    most = highest // step
     multiples = set(np.linspace(1, most, min(most, RANKS_PER_GRID)).round().astype(int).tolist())
     multiples.add(min(int((budget or 1) * dense) // one.params // step, most))
     return sorted(step * m for m in multiples if m > 0)

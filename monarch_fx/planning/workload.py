@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from monarch_fx.costs import DTYPE_BYTES, DeviceProfile, Surroundings, dense_seconds, monarch_seconds
+from monarch_fx.costs import DTYPE_BYTES, DeviceProfile, Surroundings, dense_seconds, has_kernels, monarch_seconds
 from monarch_fx.errors import ConfigError
+from monarch_fx.kernels import choice
 from monarch_fx.records import Candidate
 from monarch_fx.structure import MonarchShape
 
@@ -47,6 +48,11 @@ class Run:
         else:
             times = monarch_seconds(self.profile, counts, shape, **setting)
         return float(np.dot(times, list(rows.values())))
+
+    def terms(self, candidate: Candidate) -> int:
+        """What the kernels round sums up to, so that ranks between take as long and keep less."""
+        are_many = min(self.rows(candidate), default=0) > choice.FEW_TOKENS
+        return choice.TERMS if are_many and has_kernels(self.profile, self.dtype, candidate.batch) else 1
 
     def setting(self, candidate: Candidate) -> dict[str, Any]:
         """What the costs of one candidate depend on besides device, tokens and structure."""
