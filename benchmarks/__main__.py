@@ -16,6 +16,7 @@ import torch
 import benchmarks.cpu
 import benchmarks.gpu
 import benchmarks.gpu_models
+import benchmarks.halves
 import benchmarks.nodes
 import benchmarks.planning
 import benchmarks.quality

@@ -52,14 +52,14 @@ def unaligned() -> Iterator[Table]:
     errors: dict[str, list[float]] = {"inference": [], "training": []}
     for tokens, shape in CASES:
         for workload, found in errors.items():
-            times = _times(tokens, shape, workload == "training")
+            seconds = times(tokens, shape, workload == "training")
             predicted = float(monarch_seconds(profile, tokens, shape, dtype="bfloat16", workload=workload))
-            found.append(predicted / times["ours"] - 1)
+            found.append(predicted / seconds["ours"] - 1)
             who = f"{tokens}", f"{shape.in_features} -> {shape.out_features}", str(shape), workload
-            cells = (f"{seconds * 1e6:.1f}" for seconds in (*times.values(), predicted))
-            fastest = min(times["dense"], times["dense padded"])
-            table.rows.append((*who, *cells, f"{fastest / times['ours']:.2f}x"))
-            table.raw[", ".join(who)] = {"seconds": times, "predicted_s": predicted}
+            cells = (f"{s * 1e6:.1f}" for s in (*seconds.values(), predicted))
+            fastest = min(seconds["dense"], seconds["dense padded"])
+            table.rows.append((*who, *cells, f"{fastest / seconds['ours']:.2f}x"))
+            table.raw[", ".join(who)] = {"seconds": seconds, "predicted_s": predicted}
         table.targets = [
             f"{workload}, {profile.name}: prediction error of ours: median {np.median(np.abs(found)):.0%}, 95th "
             f"percentile {np.percentile(np.abs(found), 95):.0%}, on {len(found)} times"
@@ -68,7 +68,7 @@ def unaligned() -> Iterator[Table]:
         yield table
 
 
-def _times(tokens: int, shape: MonarchShape, training: bool) -> dict[str, float]:
+def times(tokens: int, shape: MonarchShape, training: bool) -> dict[str, float]:
     """Seconds of one product in a CUDA graph, by who computes it."""
 
     def drawn(*size: int, scale: int = 1) -> Tensor:
