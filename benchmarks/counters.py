@@ -44,11 +44,8 @@ def main() -> None:
             return torch.randn(*size, device="cuda").bfloat16().requires_grad_(training)
 
         n_in, n_out, rank = shape.nblocks_in, shape.nblocks_out, shape.rank
-        x, bias, weight = (
-            drawn(tokens, shape.in_features),
-            drawn(shape.out_features),
-            drawn(shape.out_features, shape.in_features),
-        )
+        x, bias = drawn(tokens, shape.in_features), drawn(shape.out_features)
+        weight = drawn(shape.out_features, shape.in_features)
         R, L = drawn(n_in, n_out, rank, shape.p), drawn(n_out, n_in, rank, shape.s)
         grad = torch.randn(tokens, shape.out_features, device="cuda").bfloat16()
         for product, operands in ((F.linear, (x, weight, bias)), (mfx.monarch_bmm, (x, R, L, bias))):

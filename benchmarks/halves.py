@@ -38,19 +38,19 @@ SINGLE_ROWS = (  # in_features, nblocks_in, rank
 @benchmark("ranks-gpu")
 def by_rank() -> Iterator[Table]:
     """Times of products rank by rank: 16384 tokens, forward and in training, measured and predicted."""
-    passes = {"inference": "forward us", "training": "in training us"}
-    table = Table(
-        ("in -> out", "grid, rank", *(f"{what}{of}" for what in passes.values() for of in ("", ", predicted")))
-    )
+    passes = {"inference": "forward", "training": "in training"}
+    header = (f"{what}, {who} us" for what in passes.values() for who in ("dense", "ours", "predicted"))
+    table = Table(("in -> out", "grid, rank", *header))
     profile = resolve("auto", "cuda")
     for sizes, ranks in RANKS.items():
         for rank in ranks:
             shape = MonarchShape(*sizes, rank)
             cells, raw = [], {}
             for workload in passes:
+                seconds = times(TOKENS, shape, workload == "training")
                 predicted = float(monarch_seconds(profile, TOKENS, shape, dtype="bfloat16", workload=workload))
-                raw[workload] = {"seconds": times(TOKENS, shape, workload == "training"), "predicted_s": predicted}
-                cells += [f"{seconds * 1e6:.1f}" for seconds in (raw[workload]["seconds"]["ours"], predicted)]
+                raw[workload] = {"seconds": seconds, "predicted_s": predicted}
+                cells += [f"{s * 1e6:.1f}" for s in (seconds["dense"], seconds["ours"], predicted)]
             table.rows.append((f"{shape.in_features} -> {shape.out_features}", str(shape), *cells))
             table.raw[f"{shape.in_features} -> {shape.out_features}, {shape}"] = raw
             yield table
