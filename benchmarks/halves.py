@@ -1,18 +1,21 @@
-"""What a product on a GPU is made of, bfloat16: its time by rank, and first halves of single rows of blocks."""
+"""What a product on a GPU is made of, bfloat16: its time by rank, first halves of single rows of blocks, one kernel."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.gate import check_exact
 from benchmarks.gpu import ROUNDING, graph_seconds
 from benchmarks.registry import Table, benchmark
 from benchmarks.unaligned import times
 from monarch_fx.costs import monarch_seconds, resolve
-from monarch_fx.kernels import gpu
-from monarch_fx.structure import MonarchShape
+from monarch_fx.kernels import choice, gpu
+from monarch_fx.structure import Monarch, MonarchShape
 
 TOKENS = 16384
 RANKS = {  # in_features, out_features, nblocks_out, nblocks_in
@@ -32,6 +35,14 @@ SINGLE_ROWS = (  # in_features, nblocks_in, rank
     (4096, 4, 224),
     (4096, 2, 672),
     (14336, 4, 400),
+)
+SMALL = (  # features, nblocks in both directions, rank
+    (768, 2, 64),
+    (768, 2, 96),
+    (768, 3, 48),
+    (768, 3, 64),
+    (1024, 2, 64),
+    (1024, 2, 128),
 )
 
 
@@ -68,10 +79,10 @@ def single_rows() -> Iterator[Table]:
             t = x.new_empty(1, tokens, n_in * rank)
             found = t[0].unflatten(1, (n_in, rank)).transpose(0, 1)
 
-            def ours(operands: tuple[torch.Tensor, ...] = (x, R, t)) -> None:
+            def ours(operands: tuple[Tensor, ...] = (x, R, t)) -> None:
                 gpu._triton().first_half(*operands)
 
-            def library(blocks: torch.Tensor = blocks, R: torch.Tensor = R, found: torch.Tensor = found) -> None:
+            def library(blocks: Tensor = blocks, R: Tensor = R, found: Tensor = found) -> None:
                 torch.bmm(blocks, R[:, 0].mT, out=found)
 
             exact = blocks.double() @ R[:, 0].mT.double()
@@ -85,4 +96,40 @@ def single_rows() -> Iterator[Table]:
             cells = *(f"{s * 1e6:.1f}" for s in seconds.values()), f"{seconds['ours'] / seconds['cuBLAS']:.2f}"
             table.rows.append((f"{tokens}", f"{in_features}", f"{n_in}, {rank}", *cells))
             table.raw[f"{tokens}, {in_features}, {n_in}, {rank}"] = seconds
+        yield table
+
+
+@benchmark("fused-gpu")
+def one_kernel() -> Iterator[Table]:
+    """Small products with a bias: dense, both halves, and the kernel that runs whole products."""
+    rivals = "dense", "both halves", "one kernel"
+    table = Table(("tokens", "features", "grid, rank", *(f"{rival} us" for rival in rivals), "taken"))
+    launch = gpu._triton()
+    for tokens in (2048, 3072, 4096, 6144, 8192, TOKENS, 2 * TOKENS):
+        for features, nblocks, rank in SMALL:
+            shape = MonarchShape(features, features, nblocks, nblocks, rank)
+            x = torch.randn(tokens, features, device="cuda").bfloat16()
+            bias = torch.randn(features, device="cuda").bfloat16()
+            weight = torch.randn(features, features, device="cuda").bfloat16() / 32
+            R = torch.randn(nblocks, nblocks, rank, shape.p, device="cuda").bfloat16() / shape.p**0.5
+            L = torch.randn(nblocks, nblocks, rank, shape.s, device="cuda").bfloat16() / (nblocks * rank) ** 0.5
+            y = torch.empty_like(x)
+
+            def halves(x: Tensor = x, R: Tensor = R, L: Tensor = L, y: Tensor = y, bias: Tensor = bias) -> None:
+                gpu._second(gpu._first(x, R), L, y, bias, None, "none")
+
+            def whole(x: Tensor = x, R: Tensor = R, L: Tensor = L, y: Tensor = y, bias: Tensor = bias) -> None:
+                launch.whole(x, R, L, y, bias, None, "none")
+
+            exact = Monarch(R.double(), L.double())(x[:256].double()) + bias.double()
+            for run in (halves, whole):
+                y.fill_(torch.nan)
+                run()
+                check_exact(f"{run.__name__}, {shape}", y[:256], exact, ROUNDING)
+            runs = functools.partial(F.linear, x, weight, bias), halves, whole
+            seconds = dict(zip(rivals, (graph_seconds([run] * 4) for run in runs), strict=True))
+            taken = rivals[1 + (tokens >= choice.fused_tokens(nblocks, launch.units(x.device)))]
+            cells = *(f"{s * 1e6:.1f}" for s in seconds.values()), taken
+            table.rows.append((f"{tokens}", f"{features}", str(shape), *cells))
+            table.raw[f"{tokens}, {features}, {shape}"] = seconds
         yield table

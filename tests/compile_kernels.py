@@ -83,9 +83,9 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
             else:
                 yield name, compiled(arch, tiles.second, {**sizes, "EVEN": True}, tile.warps, tile.stages)
         if new:
-            M, N, K, stages = launch.FUSED_M, launch.FUSED_N, launch.FUSED_K, launch.FUSED_STAGES
+            M, N, K = choice.FUSED_TOKENS, launch.FUSED_N, launch.FUSED_K
             for held, count in ((16, 3), (64, 3), (choice.FUSED_RANK, choice.FUSED_BLOCKS)):
-                shape = {"N_IN": count, "N_OUT": count, "RANK": held, "STAGES": stages}
+                shape = {"N_IN": count, "N_OUT": count, "RANK": held, "STAGES": choice.fused_stages(held)}
                 constants = {"M": M, "N": N, "K": K, "PDL": True, **shape, **epilogue}
                 blocks = {"x_desc": block(M, K), "r_desc": block(1, 1, held, K), "y_desc": block(M, N)}
                 blocks["l_desc"] = block(1, 1, held, N)

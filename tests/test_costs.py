@@ -333,9 +333,10 @@ class TestLoweringsOfAGpu:
         shape = MonarchShape(1024, 1024, 2, 2, 128)
         slow = dataclasses.replace(SHIPPED["h100"], fused_efficiency=1e-3)
         for tokens, workload, is_fused in (
-            (4096, "inference", True),
-            (1024, "inference", False),
-            (4096, "training", False),
+            (8192, "inference", True),
+            (4224, "inference", True),  # 2 x 66 programs, and 132 units
+            (4160, "inference", False),
+            (8192, "training", False),
         ):
             options = {"dtype": "bfloat16", "workload": workload}
             ours, theirs = (monarch_seconds(profile, tokens, shape, **options) for profile in (SHIPPED["h100"], slow))

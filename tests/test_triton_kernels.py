@@ -208,7 +208,7 @@ def test_other_numbers_of_tokens_compile_nothing_new(monkeypatch: pytest.MonkeyP
         def __getitem__(self, grid: tuple[int, ...]) -> object:
             return lambda *operands, **options: constants.append(options)
 
-    monkeypatch.setattr(launch, "_units", lambda device: 4)
+    monkeypatch.setattr(launch, "units", lambda device: 4)
     for module in (launch.persistent, launch.tiles):
         monkeypatch.setattr(module, "first", Recorder())
         monkeypatch.setattr(module, "second", Recorder())

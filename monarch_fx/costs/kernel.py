@@ -33,6 +33,7 @@ from monarch_fx.costs.symbols import (
     units,
     vector_flops,
 )
+from monarch_fx.kernels.choice import FUSED_TOKENS
 
 SUM_TILE = 128  # of the gradients of factors
 SUM_BLOCK = 64  # tokens that are added up at once
@@ -103,7 +104,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Fused:
-    """A whole Monarch product in one kernel of this library, whose programs have 64 tokens and a row of blocks each."""
+    """A whole Monarch product in one kernel of this library, whose programs have a few tokens and a row of blocks each."""
 
     rows: Expr  # of factors that a program computes with: the rank, rounded up to a power of two
 
@@ -121,8 +122,8 @@ class Fused:
     @property
     def seconds(self) -> Expr:
         """As of ``Product``, with ``2 * units`` programs at once."""
-        waves = ceil_div(ceil_div(tokens, 64) * nblocks_out, 2 * units)
-        program = 2 * 64 * nblocks_in * self.rows * (p + s + kernel_fill)
+        waves = ceil_div(ceil_div(tokens, FUSED_TOKENS) * nblocks_out, 2 * units)
+        program = 2 * FUSED_TOKENS * nblocks_in * self.rows * (p + s + kernel_fill)
         compute_s = waves * 2 * units * program / (peak_flops * fused_efficiency)
         return kernel_launch_s + _overlapped(compute_s, self.bytes_moved / bandwidth_bytes_per_s, kernel_overlap)
 

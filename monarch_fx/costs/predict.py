@@ -114,9 +114,9 @@ def monarch_seconds(
     forward = _in_halves(seconds, rows, shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     has_fused = profile.fused_efficiency > 0
-    if has_fused and choice.is_fused(choice.FUSED_TOKENS, n_in, n_out, rank, shape.p, shape.s):
+    if has_fused and choice.is_fusible(n_in, n_out, rank, shape.p, shape.s):
         held = max(16, 1 << (rank - 1).bit_length())
-        forward = np.where(rows >= choice.FUSED_TOKENS, seconds(shape, "fused", held), forward)
+        forward = np.where(rows >= choice.fused_tokens(n_out, profile.units), seconds(shape, "fused", held), forward)
     shared = 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
     forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * profile.kernel_launch_s, 0.0)
     return forward + seconds(shape, "epilogue") if activated else forward

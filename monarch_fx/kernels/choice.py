@@ -13,7 +13,7 @@ TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
 TERMS = 64  # that kernels for many tokens add up at once: sums between two multiples take as long as the longer one
 STRIDED_FLOPS = 8e9  # in one call of the first half; above, cuBLAS is faster than tiles without tensor descriptors
-FUSED_TOKENS = 2048  # from which one kernel beats two on small products
+FUSED_TOKENS = 64  # of a program of the kernel that runs whole products
 FUSED_FEATURES = 1024
 FUSED_RANK = 128
 FUSED_BLOCKS = 3
@@ -133,8 +133,21 @@ def is_library_first(tokens: int, n_in: int, n_out: int, p: int) -> bool:
     return tokens > FEW_TOKENS if n_in == 1 else n_out == 1 and tokens >= ROW_TOKENS and p % 8 == 0
 
 
-def is_fused(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> bool:
-    """Whether one kernel runs the whole product, its intermediate in registers; tensor descriptors must be had."""
+def is_fusible(n_in: int, n_out: int, rank: int, p: int, s: int) -> bool:
+    """Whether one kernel can run the whole product well, its intermediate in registers, if it has enough tokens."""
     small = n_in * p <= FUSED_FEATURES and n_out * s <= FUSED_FEATURES
     few = n_in <= FUSED_BLOCKS and n_out <= FUSED_BLOCKS
-    return tokens >= FUSED_TOKENS and small and few and rank <= FUSED_RANK and p % 64 == 0 and s % 64 == 0
+    return small and few and rank <= FUSED_RANK and p % 64 == 0 and s % 64 == 0
+
+
+def fused_tokens(n_out: int, units: int) -> int:
+    """From how many tokens that kernel beats two halves: a program, which has one row of blocks, for every unit."""
+    return FUSED_TOKENS * (-(-units // n_out) - 1) + 1
+
+
+def fused_stages(held: int) -> int:
+    """Tiles of operands on their way in that kernel, where it computes with ``held`` rows of a factor at once.
+
+    With few rows three programs fit on a multiprocessor then, not two.
+    """
+    return 3 if held <= 64 else 4

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import padding, reference
-from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, is_fused, is_library_first
+from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, fused_tokens, is_fusible, is_library_first
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -109,7 +109,8 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if tokens <= FEW_TOKENS and _ran("both halves", "few", x, R, L, y, bias, gate, activation):
         return y
     n_in, n_out, rank, p = R.shape
-    fused = is_fused(tokens, n_in, n_out, rank, p, L.shape[3])
+    fused = x.is_cuda and is_fusible(n_in, n_out, rank, p, L.shape[3])
+    fused = fused and tokens >= fused_tokens(n_out, _triton().units(x.device))
     if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
         if not padding.is_aligned(rank) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)

@@ -17,10 +17,19 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from monarch_fx.kernels import fused, persistent, tiles, together
-from monarch_fx.kernels.choice import FEW_TOKENS, STRIDED_FLOPS, TOGETHER, Tile, first_tile, second_tile
+from monarch_fx.kernels.choice import (
+    FEW_TOKENS,
+    FUSED_TOKENS,
+    STRIDED_FLOPS,
+    TOGETHER,
+    Tile,
+    first_tile,
+    fused_stages,
+    second_tile,
+)
 
 INTERPRETED = triton.knobs.runtime.interpret
-FUSED_M, FUSED_N, FUSED_K, FUSED_STAGES = 64, 64, 64, 4
+FUSED_N, FUSED_K = 64, 64
 ALIGNED = 16  # bytes, of whatever a tensor descriptor describes, and of what Triton compiles wide loads for
 REMEMBERED = 4096  # launches, of all layers' sizes and numbers of tokens
 
@@ -252,12 +261,12 @@ def first_launch(
     described = p % 64 == 0 and aligned and _describable(dtype, device, stride_x, p)
     if 2 * tokens * n_in * width * p >= STRIDED_FLOPS and not described:  # cuBLAS is faster than plain tiles
         return None
-    tile = first_tile(tokens, width, n_in, _units(device), described=described and tokens > FEW_TOKENS)
+    tile = first_tile(tokens, width, n_in, units(device), described=described and tokens > FEW_TOKENS)
     numbers = tokens, p, width, rank
     strides = strides_t[1], strides_t[0]
     options = _options(tile, device)
     if tile.per_unit:
-        most = tile.per_unit * _units(device)  # a constant: one that went with the tokens would compile anew for each
+        most = tile.per_unit * units(device)  # a constant: one that went with the tokens would compile anew for each
         layouts = {
             0: ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
             1: ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
@@ -286,10 +295,10 @@ def second_launch(
     depth = n_in * rank
     described = tokens > FEW_TOKENS and aligned and _describable(dtype, device, *strides_t[:2], s, stride_y)
     activated = activation != "none"
-    tile = second_tile(tokens, s, depth, n_out, _units(device), described=described, activated=activated, gated=gated)
+    tile = second_tile(tokens, s, depth, n_out, units(device), described=described, activated=activated, gated=gated)
     options = {**_options(tile, device), **_constants(kinds)}
     if tile.per_unit:
-        most = tile.per_unit * _units(device)
+        most = tile.per_unit * units(device)
         layouts = {
             0: ([n_out, tokens, depth], list(strides_t), [1, tile.M, tile.K]),
             1: ([n_out, depth, s], [depth * s, s, 1], [1, tile.K, tile.N]),
@@ -322,14 +331,14 @@ def whole_launch(
         return None
     held = max(16, triton.next_power_of_2(rank))
     layouts = {
-        0: ([tokens, n_in * p], [stride_x, 1], [FUSED_M, FUSED_K]),
+        0: ([tokens, n_in * p], [stride_x, 1], [FUSED_TOKENS, FUSED_K]),
         1: ([n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1], [1, 1, held, FUSED_K]),
         2: ([n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1], [1, 1, held, FUSED_N]),
-        3: ([tokens, n_out * s], [stride_y, 1], [FUSED_M, FUSED_N]),
+        3: ([tokens, n_out * s], [stride_y, 1], [FUSED_TOKENS, FUSED_N]),
     }
     options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held, **_early(device), **_constants(kinds)}
-    options |= {"M": FUSED_M, "N": FUSED_N, "K": FUSED_K, "STAGES": FUSED_STAGES, "num_warps": 4}
-    grid = n_out, triton.cdiv(tokens, FUSED_M)
+    options |= {"M": FUSED_TOKENS, "N": FUSED_N, "K": FUSED_K, "STAGES": fused_stages(held), "num_warps": 4}
+    grid = n_out, triton.cdiv(tokens, FUSED_TOKENS)
     return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
 
 
@@ -344,7 +353,7 @@ def first_launch_together(
     n_in, n_out, rank, p = zip(*factors, strict=True)
     width = [a * b for a, b in zip(n_out, rank, strict=True)]
     columns = sum(a * b for a, b in zip(width, n_in, strict=True))
-    tile = first_tile(tokens, columns, 1, _units(device), described=False)
+    tile = first_tile(tokens, columns, 1, units(device), described=False)
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
     options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
@@ -363,7 +372,7 @@ def second_launch_together(
     n_out, n_in, rank, s = zip(*factors, strict=True)
     depth = [a * b for a, b in zip(n_in, rank, strict=True)]
     columns = sum(a * b for a, b in zip(s, n_out, strict=True))
-    tile = second_tile(tokens, columns, max(depth), 1, _units(device), described=False, activated=False, gated=False)
+    tile = second_tile(tokens, columns, max(depth), 1, units(device), described=False, activated=False, gated=False)
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(s, n_out, strict=True))
     options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
@@ -384,7 +393,7 @@ def gated_launch(
     """None where a tile of results would lie in several blocks of a factor."""
     n_out, n_in, rank, s = zip(*factors, strict=True)
     depth = [a * b for a, b in zip(n_in, rank, strict=True)]
-    tile = second_tile(tokens, s[1], sum(depth), n_out[1], _units(device), described=False, activated=True, gated=True)
+    tile = second_tile(tokens, s[1], sum(depth), n_out[1], units(device), described=False, activated=True, gated=True)
     if s[0] != s[1] and (s[0] % tile.N or s[1] % tile.N):
         return None
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
@@ -421,7 +430,8 @@ def has_hopper_features(device: torch.device) -> bool:
 
 
 @functools.cache
-def _units(device: torch.device) -> int:
+def units(device: torch.device) -> int:
+    """Multiprocessors."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
