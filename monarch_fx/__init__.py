@@ -11,7 +11,7 @@ from monarch_fx.projection.recovery import recover_factors
 from monarch_fx.records import Plan, Recovery, Report, TrainingSummary
 from monarch_fx.rewritten import measure_loss, print_graph, report, to_dense
 from monarch_fx.structure import Monarch, MonarchShape
-from monarch_fx.training import densify, parameter_groups, recover, training_summary
+from monarch_fx.training import densify, parameter_groups, recompute_intermediates, recover, training_summary
 
 __all__ = [
     "Calibration",
@@ -33,6 +33,7 @@ __all__ = [
     "parameter_groups",
     "plan",
     "print_graph",
+    "recompute_intermediates",
     "recover",
     "recover_factors",
     "report",

@@ -390,6 +390,9 @@ class TrainingSummary:
         flops: The same as rewritten.
         dense_s: Predicted seconds of a step with dense weights.
         time_s: The same as rewritten.
+        dense_kept_bytes: Bytes of activations that the backward pass needs of the products, with dense weights: their
+            inputs, once for all products that read the same ones.
+        kept_bytes: The same as rewritten, with the intermediates that are not recomputed.
         tokens: Main token counts of a step, with their weights; sums above are weighted means.
         dtype: Of the run.
         device: Name of the device profile.
@@ -401,6 +404,8 @@ class TrainingSummary:
     flops: float
     dense_s: float
     time_s: float
+    dense_kept_bytes: float
+    kept_bytes: float
     tokens: tuple[tuple[int, float], ...]
     dtype: str
     device: str

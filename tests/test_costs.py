@@ -329,6 +329,27 @@ class TestLoweringsOfAGpu:
         ):
             assert monarch_seconds(h200, tokens, shape, **options) == monarch_seconds(plain, tokens, shape, **options)
 
+    def test_a_recomputed_intermediate_costs_one_more_first_half(self) -> None:
+        """Six halves' work become seven where s is p; less where one kernel runs the forward pass."""
+        options = {"dtype": "bfloat16", "workload": "training"}
+        for shape, tokens, profile in (
+            (MonarchShape(8192, 8192, 2, 2, 1024), 16384, SHIPPED["h100"]),
+            (MonarchShape(4096, 4096, 4, 4, 256), 256, SHIPPED["cpu"]),
+        ):
+            kept, again = (
+                monarch_seconds(profile, tokens, shape, around=Surroundings(recomputed=recomputed), **options)
+                for recomputed in (False, True)
+            )
+            assert again / kept == pytest.approx(7 / 6, abs=0.05)
+        inference = {"dtype": "bfloat16", "around": Surroundings(recomputed=True)}
+        shape = MonarchShape(1024, 1024, 2, 2, 128)
+        assert monarch_seconds(SHIPPED["h100"], 8192, shape, **inference) == monarch_seconds(
+            SHIPPED["h100"], 8192, shape, dtype="bfloat16"
+        )
+        slow = dataclasses.replace(SHIPPED["h100"], fused_efficiency=0.0)
+        options["around"] = Surroundings(recomputed=True)
+        assert monarch_seconds(SHIPPED["h100"], 8192, shape, **options) < monarch_seconds(slow, 8192, shape, **options)
+
     def test_small_products_are_one_kernel_in_inference(self) -> None:
         shape = MonarchShape(1024, 1024, 2, 2, 128)
         slow = dataclasses.replace(SHIPPED["h100"], fused_efficiency=1e-3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,6 +48,57 @@ def test_gradients_of_first_and_second_order(shape: tuple[int, ...]) -> None:
         assert torch.autograd.gradgradcheck(product, frozen)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_recomputed_intermediate_is_not_kept(shape: tuple[int, ...]) -> None:
+    inputs = operands(*shape)
+
+    def product(*args: torch.Tensor) -> torch.Tensor:
+        return mfx.monarch_bmm(*args, recompute=True)
+
+    assert torch.autograd.gradcheck(product, inputs)
+    assert torch.autograd.gradgradcheck(product, inputs)
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = product(*inputs)
+    assert {tensor.data_ptr() for tensor in kept} == {operand.data_ptr() for operand in inputs}
+    torch.testing.assert_close(y, mfx.monarch_bmm(*inputs), rtol=1e-12, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):  # backward outside, as in any training step
+        narrow = product(*(operand.float() for operand in inputs))
+    assert narrow.dtype == torch.bfloat16
+    narrow.sum().backward()
+    assert all(operand.grad is not None for operand in inputs)
+
+
+def test_function_transforms_keep_the_intermediate() -> None:
+    x, R, L = (operand.detach() for operand in operands(*SHAPES[0]))
+    found, exact = (
+        torch.func.grad(lambda L, again=again: mfx.monarch_bmm(x, R, L, recompute=again).square().sum())(L)
+        for again in (True, False)
+    )
+    torch.testing.assert_close(found, exact, rtol=0, atol=0)
+
+
+def test_a_compiled_backward_pass_recomputes() -> None:
+    x, R, L = operands(*SHAPES[0])
+    graphs = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append(" ".join(str(node.target) for node in module.graph.nodes))
+        return make_boxed_func(module)
+
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    y = torch.compile(functools.partial(mfx.monarch_bmm, recompute=True), backend=backend, fullgraph=True)(x, R, L)
+    y.square().sum().backward()
+    forward, backward = graphs
+    assert "intermediate" not in forward
+    assert "bmm" not in forward
+    assert "left_gradient" in backward
+    found = [operand.grad for operand in (x, R, L)]
+    leaves = [operand.detach().requires_grad_() for operand in (x, R, L)]
+    mfx.monarch_bmm(*leaves).square().sum().backward()
+    torch.testing.assert_close(found, [leaf.grad for leaf in leaves], rtol=1e-12, atol=1e-12)
+
+
 def test_a_compiled_backward_pass_runs_the_op_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "serves", lambda x, R: True)
     x, R, L = operands(*SHAPES[0])
@@ -72,6 +125,7 @@ def test_opcheck(shape: tuple[int, ...]) -> None:
     values = (x.detach(), R.detach(), L.detach(), bias)
     torch.library.opcheck(gpu.product_and_intermediate, values)
     torch.library.opcheck(gpu.product, (*values, gate, "silu"))
+    torch.library.opcheck(gpu.left_gradient, (x.detach(), R.detach(), gate))
 
 
 def test_rows_that_lie_apart_and_no_rows() -> None:
@@ -172,7 +226,8 @@ def test_flops_are_counted() -> None:
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         gpu.product_and_intermediate(x, R, L, None)
         gpu.product(x, R, L, None, None, "none")
-    assert counter.get_total_flops() == 2 * 2 * len(x) * (R.numel() + L.numel())
+        gpu.left_gradient(x, R, torch.ones(len(x), L.shape[0] * L.shape[3], dtype=torch.float64))
+    assert counter.get_total_flops() == 3 * 2 * len(x) * (R.numel() + L.numel())
     x, R, L, biases = group(3, 3)
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
         gpu.together(x, R, L, biases, None)

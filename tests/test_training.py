@@ -260,6 +260,52 @@ def test_summary_counts_forward_and_both_gradients() -> None:
     assert f"{summary.flops / summary.dense_flops:.2f}" in str(summary)
 
 
+def kept_bytes(model: nn.Module, x: torch.Tensor) -> int:
+    """Of the activations that a backward pass needs."""
+    storages = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    for parameter in model.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(storages.values())
+
+
+@pytest.mark.parametrize("form", ["modules", "graph"])
+def test_intermediates_can_be_recomputed(form: str) -> None:
+    """What is kept is what the summary says, gradients are the same, and so is what it does in a graph."""
+    dense: nn.Module = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 64))
+    x = torch.randn(10, 64, requires_grad=True)
+    if form == "graph":
+        dense = torch.fx.symbolic_trace(dense)
+    config = mfx.MonarchConfig(nblocks=2, rank=8)
+    model = mfx.monarchify(dense, config=config, example_inputs=x, device="h100")
+    summary = mfx.training_summary(model)
+    assert summary.dense_kept_bytes == 4 * 10 * (64 + 128) == kept_bytes(dense, x)
+    assert summary.kept_bytes == 4 * 10 * (64 + 128 + 2 * 4 * 8) == kept_bytes(model, x)
+    compiled = torch.compile(model, backend="aot_eager")
+    wanted = torch.autograd.grad(compiled(x).square().sum(), list(model.parameters()))
+
+    assert mfx.recompute_intermediates(model) is model
+    again = mfx.training_summary(model)
+    assert again.kept_bytes == summary.dense_kept_bytes == kept_bytes(model, x)
+    assert again.time_s > summary.time_s
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        model(x).sum().backward()
+    assert again.flops == counter.get_total_flops() > summary.flops
+    assert "1.00" in str(again)
+    for run in (model, compiled):
+        found = torch.autograd.grad(run(x).square().sum(), list(model.parameters()))
+        torch.testing.assert_close(found, wanted)
+    assert kept_bytes(mfx.recompute_intermediates(model, enabled=False), x) == summary.kept_bytes
+    with pytest.raises(errors.MonarchError, match="no Monarch weight"):
+        mfx.recompute_intermediates(dense)
+
+
 def test_summary_is_of_the_device_that_was_planned_for() -> None:
     """Not of the one that the model is on; what can't be known is asked for."""
     mine = dataclasses.replace(SHIPPED["h100"], name="mine")

@@ -86,7 +86,7 @@ def without_copies(
     Args:
         first: ``"joined"``: one call, for a single column or row of blocks. ``"strided"``: one call for every row of
             blocks. ``"own"``: a kernel of this library that stores block-transposed.
-        second: ``"library"`` or ``"own"``.
+        second: ``"library"`` or ``"own"``; ``"none"``: the first half alone.
         first_aligned: See ``Product``.
         second_aligned: Likewise.
     """
@@ -95,6 +95,8 @@ def without_copies(
         "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, aligned=first_aligned),
         "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True, aligned=first_aligned),
     }
+    if second == "none":
+        return (firsts[first],)
     last = Product(nblocks_out, tokens, nblocks_in * rank, s, own=second == "own", aligned=second_aligned)
     return firsts[first], last
 

@@ -104,7 +104,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Fused:
-    """A whole Monarch product in one kernel of this library, whose programs have a few tokens and a row of blocks each."""
+    """A whole Monarch product in one kernel of this library; a program has some tokens and a row of blocks."""
 
     rows: Expr  # of factors that a program computes with: the rank, rounded up to a power of two
 

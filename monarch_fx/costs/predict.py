@@ -31,11 +31,13 @@ class Surroundings:
         bias: A bias is added to the result.
         activated: An activation that this library's kernels know is computed from the result, and nothing else.
         together: Products that read the same activations, this one among them.
+        recomputed: In training, the backward pass computes the intermediate anew.
     """
 
     bias: bool = False
     activated: bool = False
     together: int = 1
+    recomputed: bool = False
 
 
 ALONE = Surroundings()
@@ -106,17 +108,22 @@ def monarch_seconds(
         sizes = (tokens, of.in_features, of.out_features, of.nblocks_out, of.nblocks_in, of.rank)
         return _function(structure, *lowering)(*sizes, batch, DTYPE_BYTES[dtype], *constants)
 
+    recomputed = workload == "training" and around.recomputed
     if not has_kernels(profile, dtype, batch):
-        return seconds(shape, "monarch", workload)
-    if workload == "training":
-        return _in_halves(seconds, rows, shape, around.bias, training=True)
+        again = seconds(shape, "without_copies", "strided", "none") if recomputed and batch == 1 else 0.0
+        return seconds(shape, "monarch", workload) + again
     activated = _fuses(profile, dtype, batch, workload, around)
-    forward = _in_halves(seconds, rows, shape, around.bias, activated)
+    halves = functools.partial(_in_halves, seconds, rows, shape)
+    forward = halves(around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     has_fused = profile.fused_efficiency > 0
     if has_fused and choice.is_fusible(n_in, n_out, rank, shape.p, shape.s):
         held = max(16, 1 << (rank - 1).bit_length())
         forward = np.where(rows >= choice.fused_tokens(n_out, profile.units), seconds(shape, "fused", held), forward)
+    if workload == "training":
+        kept = halves(around.bias, training=True)
+        # the forward pass is that of inference, and the first half runs a second time
+        return kept - halves(around.bias) + forward + halves(first_only=True) if recomputed else kept
     shared = 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
     forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * profile.kernel_launch_s, 0.0)
     return forward + seconds(shape, "epilogue") if activated else forward
@@ -126,9 +133,10 @@ def _in_halves(
     seconds: Callable[..., Seconds],
     rows: NDArray[np.int64],
     shape: MonarchShape,
-    bias: bool,
+    bias: bool = False,
     activated: bool = False,
     training: bool = False,
+    first_only: bool = False,
 ) -> Seconds:
     """Seconds of both halves, of gradients, and of the copies that padding takes.
 
@@ -139,6 +147,7 @@ def _in_halves(
         bias: Whether the second half adds one.
         activated: Whether it computes an activation.
         training: Whether there is a backward pass.
+        first_only: Of the first half alone, forward.
     """
     n_out, n_in = shape.nblocks_out, shape.nblocks_in
 
@@ -158,7 +167,8 @@ def _in_halves(
                 time_s = np.where(is_large, many("strided", ROW), time_s)
             if choice.is_library_first(choice.ROW_TOKENS, of.nblocks_in, of.nblocks_out, of.p):
                 time_s = np.where(rows >= choice.ROW_TOKENS, many("joined", ROW), time_s)
-        return np.where(rows <= choice.FEW_TOKENS, seconds(of, "without_copies", "own", "own"), time_s)
+        few_second = "none" if second == "none" else "own"
+        return np.where(rows <= choice.FEW_TOKENS, seconds(of, "without_copies", "own", few_second), time_s)
 
     def padded(rank: int, p: int, s: int) -> Seconds:
         """The product with these sizes."""
@@ -171,6 +181,8 @@ def _in_halves(
             "y": of.out_features > shape.out_features,
         }
         copies = seconds(of, "padding", *(name for name, is_copied in copied.items() if is_copied))
+        if first_only:
+            return halves(of, "none")
         has_epilogue = activated or (bias and n_out > 1 and not higher)
         forward = halves(of, "own" if has_epilogue else "library") + copies
         if not training:

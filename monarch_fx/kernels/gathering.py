@@ -43,7 +43,11 @@ def gather_products(graph: fx.Graph) -> None:
 
 def _operands(product: fx.Node) -> list[Any] | None:
     """x, R, L, bias; None where the product has more than these, and where the grid pads its matrix."""
-    if product.kwargs.get("out_features") is not None or not 3 <= len(product.args) <= 4:
+    if (
+        product.kwargs.get("out_features") is not None
+        or product.kwargs.get("recompute")
+        or not 3 <= len(product.args) <= 4
+    ):
         return None
     return [*product.args, product.kwargs.get("bias")][:4]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,9 +33,19 @@ def serves(x: Tensor, R: Tensor) -> bool:
     if not x.is_cuda or R.dim() != 4:
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    if dtype not in HALF or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    return dtype in HALF and not _are_transformed() and _triton() is not None
+
+
+def recomputes(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> bool:
+    """Whether a backward pass follows, and can compute the intermediate anew; on any device."""
+    if not torch.is_grad_enabled() or R.dim() != 4 or _are_transformed():
         return False
-    return _triton() is not None
+    return any(operand is not None and operand.requires_grad for operand in (x, R, L, bias))
+
+
+def _are_transformed() -> bool:
+    """Whether a function transform, or forward-mode differentiation, wants to see the ATen operations."""
+    return bool(torch._C._are_functorch_transforms_active()) or forward_ad._current_level >= 0
 
 
 def serves_together(x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None]) -> bool:
@@ -59,15 +70,24 @@ def _triton() -> Any:
     return launch
 
 
-def products(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+def products(
+    x: Tensor,
+    R: Tensor,
+    L: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    recompute: bool = False,
+) -> Tensor:
     """x (*, n_in * p) -> (*, n_out * s), contiguous; bias (n_out * s,), gate like the result."""
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
         x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
         bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
     rows = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate)):
-        y = _padded_differentiable(rows, R, L, bias)  # an activation's own gradient is PyTorch's
+        y = _padded_differentiable(rows, R, L, bias, recompute)  # an activation's own gradient is PyTorch's
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return reference.activated(y, gate, activation)
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
@@ -75,14 +95,14 @@ def products(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
-def _padded_differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> Tensor:
+def _padded_differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
     """x (tokens, n_in * p) -> (tokens, n_out * s); padded around the product, so that gradients are cut by autograd."""
     (n_out, _, rank, s), p = L.shape, R.shape[3]
     if not padding.is_aligned(rank, p, s) and not padding.are_few(x.shape[0]):
         x, R, L = padding.pad_all(x, R, L)
     if L.shape[3] == s:
-        return _Differentiable.apply(x, R, L, bias)
-    y = _Differentiable.apply(x, R, L, None).unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
+        return _Differentiable.apply(x, R, L, bias, recompute)
+    y = _Differentiable.apply(x, R, L, None, recompute).unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
     bias = None if bias is None else bias.unflatten(0, (n_out, s))
     return reference.finished(y, bias, None).flatten(1)
 
@@ -142,6 +162,13 @@ def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | No
     if len(x):
         _second(t, L, y, None if bias is None else bias.contiguous(), None, "none")
     return y, t
+
+
+def _left_gradient(x: Tensor, R: Tensor, grad: Tensor) -> Tensor:
+    """Of grad (tokens, n_out * s), with the intermediate computed anew from x (tokens, n_in * p)."""
+    n_in, n_out, rank, _ = R.shape
+    t, grad = _first(_rows(x), R.contiguous()), _rows(grad)
+    return torch.bmm(t.mT, _blocks(grad, n_out)).unflatten(1, (n_in, rank))
 
 
 def _first(x: Tensor, R: Tensor) -> Tensor:
@@ -228,28 +255,33 @@ class _Differentiable(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
+        if recompute:
+            ctx.save_for_backward(x, R, L)
+            return product(x, R, L, bias, None, "none")
         y, t = product_and_intermediate(x, R, L, bias)
         ctx.save_for_backward(x, R, L, t)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, R, L, t = ctx.saved_tensors
-        to_x, to_R, to_L, to_bias = ctx.needs_input_grad
+        x, R, L, *kept = ctx.saved_tensors
+        to_x, to_R, to_L, to_bias, _ = ctx.needs_input_grad
         grad_bias = grad.sum(0) if to_bias else None
         if torch.is_grad_enabled():  # a graph of the gradients is wanted: the intermediate must be in it
             y = reference.monarch_bmm(x, R, L)
             wanted = [operand for operand, needed in zip((x, R, L), (to_x, to_R, to_L), strict=True) if needed]
             found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
-            return (*(next(found) if needed else None for needed in (to_x, to_R, to_L)), grad_bias)
+            return (*(next(found) if needed else None for needed in (to_x, to_R, to_L)), grad_bias, None)
         grad_x = grad_R = grad_L = None
         if to_x or to_R:
             grad_x, grad_t = product_and_intermediate(grad, L, R, None)  # grad_t (n_in, tokens, n_out * rank)
             grad_R = torch.bmm(grad_t.mT, _blocks(x, R.shape[0])).view_as(R) if to_R else None
-        if to_L:
-            grad_L = torch.bmm(t.mT, _blocks(grad, L.shape[0])).view_as(L)
-        return grad_x, grad_R, grad_L, grad_bias
+        if to_L and kept:
+            grad_L = torch.bmm(kept[0].mT, _blocks(grad, L.shape[0])).view_as(L)
+        elif to_L:
+            grad_L = left_gradient(x, R, grad)
+        return grad_x, grad_R, grad_L, grad_bias, None
 
 
 def _fake_product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
@@ -266,28 +298,43 @@ def _fake_product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor
     return x.new_empty(x.shape[0], L.shape[0] * L.shape[3]), _intermediate(x, R)
 
 
+def _fake_left_gradient(x: Tensor, R: Tensor, grad: Tensor) -> Tensor:
+    n_in, n_out, rank, _ = R.shape
+    return x.new_empty(n_out, n_in, rank, grad.shape[1] // n_out)
+
+
 # Without torch.library.custom_op, whose wrapper takes longer than some of the kernels
 _LIBRARY = torch.library.Library("monarch_fx_kernels", "FRAGMENT")
 # Operands of any strides do: with exact ones Inductor writes an activation twice, for the product and to be saved.
 _TAGS = {"tags": (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)}
 _LIBRARY.define("product(Tensor x, Tensor R, Tensor L, Tensor? bias, Tensor? gate, str activation) -> Tensor", **_TAGS)
 _LIBRARY.define("product_and_intermediate(Tensor x, Tensor R, Tensor L, Tensor? bias) -> (Tensor, Tensor)", **_TAGS)
+# One operator, since compilers would find that the intermediate is known from the forward pass, and keep it
+_LIBRARY.define("left_gradient(Tensor x, Tensor R, Tensor grad) -> Tensor", **_TAGS)
 _LIBRARY.define("together(Tensor x, Tensor[] R, Tensor[] L, Tensor?[] biases, str? gated) -> Tensor[]", **_TAGS)
 _LIBRARY.impl("product", _product, "CompositeExplicitAutograd")
 _LIBRARY.impl("product_and_intermediate", _product_and_intermediate, "CompositeExplicitAutograd")
+_LIBRARY.impl("left_gradient", _left_gradient, "CompositeExplicitAutograd")
 _LIBRARY.impl("together", _together, "CompositeExplicitAutograd")
 product = torch.ops.monarch_fx_kernels.product.default
 product_and_intermediate = torch.ops.monarch_fx_kernels.product_and_intermediate.default
+left_gradient = torch.ops.monarch_fx_kernels.left_gradient.default
 together = torch.ops.monarch_fx_kernels.together.default
 torch.library.register_fake(product, _fake_product, lib=_LIBRARY)
 torch.library.register_fake(product_and_intermediate, _fake_product_and_intermediate, lib=_LIBRARY)
+torch.library.register_fake(left_gradient, _fake_left_gradient, lib=_LIBRARY)
 torch.library.register_fake(together, _fake_together, lib=_LIBRARY)
 
 
 @register_flop_formula([torch.ops.monarch_fx_kernels.product, torch.ops.monarch_fx_kernels.product_and_intermediate])
-def _flops(x: torch.Size, R: torch.Size, L: torch.Size, *args: Any, **kwargs: Any) -> int:
+def _flops(x: Sequence[int], R: Sequence[int], L: Sequence[int], *args: Any, **kwargs: Any) -> int:
     n_in, n_out, rank, p = R
     return 2 * x[0] * n_in * n_out * rank * (p + L[3])
+
+
+@register_flop_formula(torch.ops.monarch_fx_kernels.left_gradient)
+def _flops_of_gradient(x: torch.Size, R: torch.Size, grad: torch.Size, *args: Any, **kwargs: Any) -> int:
+    return _flops(x, R, (0, 0, 0, grad[1] // R[1]))
 
 
 @register_flop_formula(torch.ops.monarch_fx_kernels.together)

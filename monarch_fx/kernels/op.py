@@ -23,16 +23,18 @@ def _product(
     out_features: int | None = None,
     activation: str = "none",
     gate: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
-    if not gpu.serves(x, R):
+    recompute = recompute and gpu.recomputes(x, R, L, bias)
+    if not (recompute or gpu.serves(x, R)):
         y = reference.monarch_bmm(x, R, L, bias, out_features=out_features)
         return reference.activated(y, gate, activation)
     x = reference.padded(x, R.shape[0] * R.shape[3])
     rows = L.shape[0] * L.shape[3]
     if (out_features is None or out_features == rows) and (bias is None or bias.dim() == 1):
         bias = None if bias is None else bias.expand(rows)
-        return gpu.products(x, R, L, bias, gate, activation)
-    y = reference.finished(gpu.products(x, R, L, None, None, "none"), bias, out_features)
+        return gpu.products(x, R, L, bias, gate, activation, recompute)
+    y = reference.finished(gpu.products(x, R, L, None, None, "none", recompute), bias, out_features)
     return reference.activated(y, gate, activation)
 
 
@@ -52,7 +54,7 @@ def _together(
 _LIBRARY = torch.library.Library("monarch_fx", "FRAGMENT")
 _LIBRARY.define(
     "monarch_bmm(Tensor x, Tensor R, Tensor L, Tensor? bias=None, *, SymInt? out_features=None, "
-    'str activation="none", Tensor? gate=None) -> Tensor'
+    'str activation="none", Tensor? gate=None, bool recompute=False) -> Tensor'
 )
 _LIBRARY.define("monarch_together(Tensor x, Tensor[] R, Tensor[] L, Tensor?[] bias, *, str? gated=None) -> Tensor[]")
 _LIBRARY.define("monarch_grouped_mm(Tensor x, Tensor R, Tensor L, Tensor offs, *, SymInt? out_features=None) -> Tensor")
@@ -82,6 +84,7 @@ def monarch_bmm(
     out_features: int | None = None,
     activation: str = "none",
     gate: Tensor | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Multiplies rows with a Monarch matrix: ``y_j = sum_k L[j, k]^T R[j, k] x_k + bias_j``.
 
@@ -98,6 +101,9 @@ def monarch_bmm(
             ``gate`` where there is one. On a GPU in half precision it costs no pass of its own, and GELU is within 3e-6
             of the exact one before rounding. ``torch.compile`` finds activations behind a product by itself.
         gate: Like the result, which becomes ``activation(gate) * result``: the middle of a gated MLP.
+        recompute: Whether the backward pass computes the intermediate anew, instead of keeping its ``tokens *
+            nblocks_out * nblocks_in * rank`` numbers for the gradient of L. Batched factors, and products under
+            function transforms, keep theirs.
 
     Returns:
         (*, out_features).
@@ -125,6 +131,8 @@ def monarch_bmm(
                 f"{gate.dtype}."
             )
     options: dict[str, Any] = {} if activation == "none" and gate is None else {"activation": activation, "gate": gate}
+    if recompute:
+        options["recompute"] = True
     return torch.ops.monarch_fx.monarch_bmm(x, R, L, bias, out_features=out_features, **options)
 
 

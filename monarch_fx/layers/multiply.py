@@ -68,7 +68,7 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
         x = _widened(x, R)
         if offs is not None:
             return monarch_grouped_mm(x, R, L, offs, out_features=out)
-        return monarch_bmm(x, R, L, bias, out_features=out)
+        return monarch_bmm(x, R, L, bias, out_features=out, recompute=root.recompute)
 
     return multiply
 

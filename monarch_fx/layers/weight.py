@@ -191,6 +191,8 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
     shaped as in ``monarch_fx.Monarch``.
     """
 
+    recompute = False  # the intermediate of its products in the backward pass, instead of keeping it
+
     def __init__(
         self,
         shape: Sequence[int],

@@ -61,6 +61,7 @@ class _Factors:
 
     def __init__(self, weight: MonarchWeight, path: str, tracer: fx.proxy.GraphAppendingTracer, mode: Any) -> None:
         self.outline, self.suffix, self.own_dtype = weight.outline, weight.suffix, weight.own_dtype
+        self.recompute = weight.recompute
         for name, factor in weight.named_parameters():
             proxy = fx.Proxy(tracer.graph.create_node("get_attr", f"{path}.{name}"), tracer)
             proxy.node.meta["val"] = mode.from_tensor(factor.detach())

@@ -38,11 +38,11 @@ class Run:
                 rows[count] = rows.get(count, 0.0) + weight / total
         return rows
 
-    def seconds(self, candidate: Candidate, shape: MonarchShape | None) -> float:
-        """Predicted seconds of all calls in one run, mean over the token counts."""
+    def seconds(self, candidate: Candidate, shape: MonarchShape | None, recomputed: bool = False) -> float:
+        """Predicted seconds of all calls in one run, mean over the token counts; ``recomputed``: ``Surroundings``'."""
         rows = self.rows(candidate)
         counts = np.array(list(rows))
-        setting = self.setting(candidate)
+        setting = self.setting(candidate, recomputed)
         if shape is None:
             times = dense_seconds(self.profile, counts, candidate.in_features, candidate.out_features, **setting)
         else:
@@ -54,9 +54,9 @@ class Run:
         are_many = min(self.rows(candidate), default=0) > choice.FEW_TOKENS
         return choice.TERMS if are_many and has_kernels(self.profile, self.dtype, candidate.batch) else 1
 
-    def setting(self, candidate: Candidate) -> dict[str, Any]:
+    def setting(self, candidate: Candidate, recomputed: bool = False) -> dict[str, Any]:
         """What the costs of one candidate depend on besides device, tokens and structure."""
-        around = Surroundings(candidate.bias, candidate.activated, candidate.together)
+        around = Surroundings(candidate.bias, candidate.activated, candidate.together, recomputed)
         return {"batch": candidate.batch, "dtype": self.dtype, "workload": self.workload, "around": around}
 
 

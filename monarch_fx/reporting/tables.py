@@ -60,6 +60,7 @@ def training_table(summary: TrainingSummary) -> str:
         ("parameters, whole model", summary.params_before, summary.params_after, compact),
         ("FLOPs of the products", summary.dense_flops, summary.flops, compact),
         ("ms in the products, predicted", summary.dense_s, summary.time_s, milliseconds),
+        ("bytes kept for gradients", summary.dense_kept_bytes, summary.kept_bytes, compact),
     ]
     shown = [(name, form(a), form(b), f"{b / a:.2f}") for name, a, b, form in rows]
     header = ("a training step", "dense", "rewritten", "ratio")
