@@ -20,6 +20,7 @@ import benchmarks.halves
 import benchmarks.nodes
 import benchmarks.planning
 import benchmarks.quality
+import benchmarks.tf32
 import benchmarks.training
 import benchmarks.unaligned  # noqa: F401  (registers its benchmarks)
 from benchmarks.registry import BENCHMARKS, Benchmark, Table

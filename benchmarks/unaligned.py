@@ -87,15 +87,15 @@ def times(tokens: int, shape: MonarchShape, training: bool) -> dict[str, float]:
         "dense padded": (_padded_linear, (x, weight)),
         "ours": (ours, (x, R, L)),
     }
-    runs = {name: _run(product, leaves, grad if training else None) for name, (product, leaves) in racers.items()}
+    runs = {name: run_of(product, leaves, grad if training else None) for name, (product, leaves) in racers.items()}
     if training:
-        wanted = _run(ours, (x.float(), R.float(), L.float()), grad.float())()
+        wanted = run_of(ours, (x.float(), R.float(), L.float()), grad.float())()
         for found, exact in zip(runs["ours"](), wanted, strict=True):
             check_exact(f"a gradient of {shape}", found, exact.double(), ROUNDING)
     return {name: graph_seconds([run] * 4) for name, run in runs.items()}
 
 
-def _run(product: Product, leaves: tuple[Tensor, ...], grad: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
+def run_of(product: Product, leaves: tuple[Tensor, ...], grad: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
     """The product, or the gradients of all its leaves."""
     leaves = tuple(leaf.detach().requires_grad_(grad is not None) for leaf in leaves)
 

@@ -69,7 +69,8 @@ def plan(
         device: Profile that the cost model plans for: ``"auto"`` (where the model is), ``"cpu"``, ``"h100"``, ... or a
             ``DeviceProfile``.
         dtype: Of the run that is planned for (``torch.bfloat16`` or its name), where it is not that of the weights, as
-            under autocast.
+            under autocast. ``"tf32"``: float32 in TF32, which float32 on a GPU means where PyTorch is set to it
+            (``torch.set_float32_matmul_precision("high")``).
         config: Further choices; see ``MonarchConfig``.
         calibration: Batches of real inputs (a list, a ``DataLoader``), each in one of the forms of ``example_inputs``,
             or what ``calibrate`` made of them. The dense model runs on them once, forward and backward, and errors are
@@ -259,7 +260,7 @@ def _make_plan(
 
     profile = resolve(device, next(model.parameters()).device)
     mix, tokens_source = token_mix(tokens, candidates, captured.given)
-    run_dtype = planned_dtype(dtype, candidates)
+    run_dtype = planned_dtype(dtype, candidates, profile)
 
     known = None if calibration is None else calibrated(model, candidates, calibration)
     orders: tuple[HiddenOrder, ...] = ()

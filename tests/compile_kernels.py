@@ -38,11 +38,19 @@ def second_tiles(described: bool, activation: str, gated: bool) -> set[Tile]:
     return {choice.second_tile(*size, UNITS, **features) for size in sizes}
 
 
-def compiled(arch: int, kernel: Any, constants: dict[str, Any], warps: int, stages: int, **descriptors: str) -> int:
+def compiled(
+    arch: int,
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    number: str = "bf16",
+    **descriptors: str,
+) -> int:
     """Bytes of shared memory."""
     kinds = {}
     for name in kernel.arg_names:
-        kinds[name] = "constexpr" if name in constants else "*bf16" if name.endswith("_ptr") else "i32"
+        kinds[name] = "constexpr" if name in constants else f"*{number}" if name.endswith("_ptr") else "i32"
     kinds |= descriptors
     numbers = [i for i, name in enumerate(kernel.arg_names) if name not in constants and name not in descriptors]
     source = ASTSource(
@@ -55,8 +63,8 @@ def compiled(arch: int, kernel: Any, constants: dict[str, Any], warps: int, stag
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
 
 
-def block(*sizes: int) -> str:
-    return f"tensordesc<bf16{list(sizes)}>"
+def block(*sizes: int, number: str = "bf16") -> str:
+    return f"tensordesc<{number}{list(sizes)}>"
 
 
 def kernels(arch: int) -> Iterator[tuple[str, int]]:
@@ -93,6 +101,32 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
                 yield name, compiled(arch, fused.product, constants, 4, 3, **blocks)
 
 
+def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
+    """Of few tokens, and first halves of many."""
+    pdl = {"PDL": arch >= 90}
+    epilogue = {"BIAS": False, "ACT": "none", "GATED": False, "FAST": True, "EVEN": True}
+    few = itertools.product(FEW_TOKENS, COLUMNS, BLOCKS)
+    for tile in {choice.first_tile(*size, UNITS, described=False).holding(4) for size in few}:
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": True, **pdl}
+        yield f"first {tile} TF32", compiled(arch, tiles.first, constants, tile.warps, tile.stages, "fp32")
+    few = itertools.product(FEW_TOKENS, COLUMNS, (64, 256, 1024), BLOCKS)
+    features = {"described": False, "activated": False, "gated": False}
+    for tile in {choice.second_tile(*size, UNITS, **features).holding(4) for size in few}:
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, **epilogue, **pdl}
+        yield f"second {tile} TF32", compiled(arch, tiles.second, constants, tile.warps, tile.stages, "fp32")
+    if arch >= 90:
+        tile = choice.TF32
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "N_IN": 2, "UNITS": UNITS, **pdl}
+        blocks = {
+            "x_desc": block(tile.M, tile.K, number="fp32"),
+            "r_desc": block(1, tile.N, tile.K, number="fp32"),
+        }
+        yield (
+            f"first {tile} TF32",
+            compiled(arch, persistent.first, constants, tile.warps, tile.stages, "fp32", **blocks),
+        )
+
+
 def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
     sizes = list(itertools.product(FEW_TOKENS, COLUMNS, BLOCKS))
     early = {"PDL": arch >= 90}
@@ -110,5 +144,6 @@ def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
 
 
 if __name__ == "__main__":
-    for name, shared in itertools.chain(*(made(int(sys.argv[1])) for made in (kernels, kernels_together))):
+    all_made = (made(int(sys.argv[1])) for made in (kernels, kernels_in_tf32, kernels_together))
+    for name, shared in itertools.chain(*all_made):
         print(json.dumps([name, shared]), flush=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import zoo
@@ -36,6 +38,69 @@ def test_op_on_the_device(dtype: torch.dtype) -> None:
     # intermediate, result and sum with the bias are rounded, and cuBLAS may add partial sums in the factors' dtype
     scale = mfx.Monarch(R.abs(), L.abs())(x.double().abs()) + layer.bias.double().abs()
     assert ((layer(x).double() - exact).abs() <= 4 * torch.finfo(dtype).eps * scale).all()
+
+
+@pytest.fixture
+def in_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("tokens", [1, 63, 500, 4096])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 128, 256, 256), (4, 1, 64, 128, 512), (1, 3, 48, 256, 64), (2, 2, 20, 33, 50)]
+)
+def test_tf32_with_gradients(shape: tuple[int, ...], tokens: int, recompute: bool, in_tf32: None) -> None:
+    n_in, n_out, rank, p, s = shape
+    x = torch.randn(tokens, n_in * p, device="cuda")
+    R = torch.randn(n_in, n_out, rank, p, device="cuda") / p**0.5
+    L = torch.randn(n_out, n_in, rank, s, device="cuda") / (n_in * rank) ** 0.5
+    leaves = [leaf.requires_grad_() for leaf in (x, R, L, torch.randn(n_out * s, device="cuda"))]
+    grad = torch.randn(tokens, n_out * s, device="cuda")
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    y, right = mfx.monarch_bmm(*leaves, recompute=recompute), mfx.monarch_bmm(*exact)
+    found, wanted = torch.autograd.grad(y, leaves, grad), torch.autograd.grad(right, exact, grad.double())
+    for ours, true in zip((y, *found), (right, *wanted), strict=True):
+        # two products one after the other, whose operands lose all but ten bits behind the leading one: independent
+        # roundings of relative size 2^-11 / sqrt(3) each
+        assert (ours.double() - true).norm() <= 4 * 2.0**-11 / 3**0.5 * true.norm()
+
+
+def test_tf32_is_not_used_unasked() -> None:
+    layer = mfx.MonarchLinear(256, 512, nblocks=2, device="cuda")
+    for tokens in (3, 4096):
+        x = torch.randn(tokens, 256, device="cuda")
+        for recompute in (False, True):
+            mfx.recompute_intermediates(layer, recompute)
+            exact = mfx.Monarch(layer.weight.R.double(), layer.weight.L.double())(x.double()) + layer.bias.double()
+            assert (layer(x).double() - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_recomputed_intermediates_take_no_memory(mode: str | None) -> None:
+    layers = [mfx.MonarchLinear(1024, 1024, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    model = torch.nn.Sequential(*layers)
+    x = torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16)
+    kept, gradients = [], []
+    for recompute in (False, True):
+        torch._dynamo.reset()
+        run = torch.compile(mfx.recompute_intermediates(model, recompute), mode=mode)
+        for _ in range(3):
+            torch.compiler.cudagraph_mark_step_begin()
+            model.zero_grad()
+            run(x).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+        before = torch.cuda.memory_allocated()
+        y = run(x)
+        kept.append(torch.cuda.memory_allocated() - before)
+        del y
+    for ours, right in zip(*gradients, strict=True):
+        assert (ours - right).norm() <= 2.0**-7 * right.norm()  # sums of another order, rounded to bfloat16
+    if mode is None:  # a graph's memory is its pool's
+        assert kept[0] - kept[1] == 4 * 2 * 8192 * 16 * 64
 
 
 def test_device_profile_is_found_and_measured() -> None:

@@ -153,6 +153,22 @@ def test_epilogues(shape: tuple[int, ...], activation: str) -> None:
         torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
 
 
+def test_float32_has_its_bias_and_activation_behind_the_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a compiler sees them: in TF32 no kernel takes them."""
+    monkeypatch.setattr(gpu, "serves", lambda x, R: True)
+    seen = []
+    inner = gpu.product
+    monkeypatch.setattr(gpu, "product", lambda *operands: seen.append(operands[3:]) or inner(*operands))
+    for shape in SHAPES:
+        x, R, L = (operand.detach().float() for operand in operands(*shape))
+        bias = torch.randn(L.shape[0] * L.shape[3])
+        with torch.no_grad():
+            y = mfx.monarch_bmm(x, R, L, bias, activation="silu")
+        exact = F.silu(mfx.Monarch(R.double(), L.double())(x.double()) + bias.double())
+        torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
+    assert seen == [(None, None, "none")] * len(SHAPES)
+
+
 GROUP = [(2, 3, 4, 7), (1, 1, 5, 21), (4, 1, 2, 9)]  # n_in, n_out, rank, s of products of 12 features
 
 

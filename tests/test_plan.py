@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 
 import pytest
@@ -13,6 +14,7 @@ from zoo import HALF_GRID, mlp
 
 import monarch_fx as mfx
 from monarch_fx import errors
+from monarch_fx.costs.shipped import SHIPPED
 
 
 def test_plan_changes_nothing_and_is_replayed() -> None:
@@ -78,6 +80,29 @@ def test_tokens_are_scaled_from_the_inputs() -> None:
     counts = {d.candidate.name: d.candidate.calls[0].count for d in plan.decisions}
     assert counts["encoder.block.0.layer.0.SelfAttention.q.weight"] == 32
     assert counts["decoder.block.0.layer.0.SelfAttention.q.weight"] == 16
+
+
+def test_float32_is_planned_as_pytorch_multiplies_it() -> None:
+    """In TF32 a dense product is eight times as fast, and a Monarch one gains less."""
+    model, where = nn.Linear(4096, 4096), {"tokens": 8192, "config": HALF_GRID}
+    assert mfx.plan(model, device="h100", **where).dtype == "float32"
+    old = dataclasses.replace(SHIPPED["h100"], peak_flops={"float32": 1e13, "bfloat16": 1e14})
+    torch.set_float32_matmul_precision("high")
+    try:
+        fast = mfx.plan(model, device="h100", **where)
+        assert fast.dtype == mfx.plan(model, device="h100", dtype=torch.float32, **where).dtype == "tf32"
+        assert mfx.plan(model, device="cpu", **where).dtype == "float32"
+        assert mfx.plan(model, device="h100", dtype="bfloat16", **where).dtype == "bfloat16"
+        with pytest.raises(errors.DeviceProfileError, match="no peak_flops for dtype 'tf32'"):
+            mfx.plan(model, device=old, **where)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    slow = mfx.plan(model, device="h100", **where)
+    assert fast.decisions == mfx.plan(model, device="h100", dtype="tf32", **where).decisions
+    assert fast.decisions[0].dense_s < slow.decisions[0].dense_s / 6
+    assert fast.decisions[0].dense_s / fast.decisions[0].time_s < slow.decisions[0].dense_s / slow.decisions[0].time_s
+    assert "tf32" in str(fast)
+    assert mfx.Plan.from_json(fast.to_json()) == fast
 
 
 def test_the_dtype_of_the_run_is_the_weights_own_or_chosen() -> None:

@@ -38,13 +38,15 @@ TILES = [tile for tile in vars(choice).values() if isinstance(tile, choice.Tile)
 EPILOGUES = [(True, False, name) for name in ACTIVATIONS] + [(False, True, "silu"), (True, True, "gelu")]
 
 
-def operands(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> tuple[torch.Tensor, ...]:
+def operands(
+    tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int, dtype: torch.dtype = torch.float16
+) -> tuple[torch.Tensor, ...]:
     """x with rows that lie apart, R, L, and results full of NaN."""
-    R = torch.randn(n_in, n_out, rank, p, dtype=torch.float16, device=DEVICE) / math.sqrt(p)
-    L = torch.randn(n_out, n_in, rank, s, dtype=torch.float16, device=DEVICE) / math.sqrt(n_in * rank)
-    x = torch.randn(tokens, n_in * p + 8, dtype=torch.float16, device=DEVICE)[:, : n_in * p]
-    t = torch.full((n_out, tokens, n_in * rank), float("nan"), dtype=torch.float16, device=DEVICE)
-    y = torch.full((tokens, n_out * s), float("nan"), dtype=torch.float16, device=DEVICE)
+    R = torch.randn(n_in, n_out, rank, p, dtype=dtype, device=DEVICE) / math.sqrt(p)
+    L = torch.randn(n_out, n_in, rank, s, dtype=dtype, device=DEVICE) / math.sqrt(n_in * rank)
+    x = torch.randn(tokens, n_in * p + 8, dtype=dtype, device=DEVICE)[:, : n_in * p]
+    t = torch.full((n_out, tokens, n_in * rank), float("nan"), dtype=dtype, device=DEVICE)
+    y = torch.full((tokens, n_out * s), float("nan"), dtype=dtype, device=DEVICE)
     return x, R, L, t, y
 
 
@@ -113,6 +115,36 @@ def test_every_tile(tile: choice.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     launch.first_half(x, R, t)
     launch.second_half(t, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
+
+
+@pytest.mark.parametrize("shape", [(130, 2, 3, 48, 64, 20), (300, 1, 2, 24, 192, 8), (128, 4, 1, 16, 128, 64)])
+def test_first_halves_in_tf32(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "units", lambda device: 4)
+    x, R, _, t, _ = operands(*shape, dtype=torch.float32)
+    assert launch.first_half(x, R, t)
+    blocks = x.unflatten(1, (R.shape[0], -1))
+    exact, scale = (
+        torch.einsum("tkp,kjip->jtki", *factors).flatten(2)
+        for factors in ((blocks.double(), R.double()), (blocks.double().abs(), R.double().abs()))
+    )
+    # both operands lose all but ten bits behind the leading one
+    assert ((t.double() - exact).abs() <= 2 * 2.0**-10 * scale).all()
+
+
+def test_no_first_half_in_tf32_where_a_library_is_faster() -> None:
+    for shape in ((130, 2, 3, 48, 60, 20), (70, 1, 1, 16, 64, 64)):  # blocks that no descriptor takes; a single tile
+        x, R, _, t, _ = operands(*shape, dtype=torch.float32)
+        assert not launch.first_half(x, R, t)
+        assert t.isnan().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 3, 8, 40, 24), (3, 4, 1, 16, 70, 33), (63, 3, 2, 20, 33, 50)])
+def test_few_tokens_in_tf32(shape: tuple[int, ...]) -> None:
+    x, R, L, _, y = operands(*shape, dtype=torch.float32)
+    assert launch.few(x, R, L, y, None, None, "none")
+    exact = mfx.Monarch(R.double(), L.double())(x.double())
+    scale = mfx.Monarch(R.double().abs(), L.double().abs())(x.double().abs())
+    assert ((y.double() - exact).abs() <= 4 * 2.0**-10 * scale).all()  # four operands
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 63])

@@ -64,7 +64,7 @@ def dense_seconds(
         in_features: Columns of the matrix.
         out_features: Its rows.
         batch: Equal matrices in the product.
-        dtype: Of operands and result, without ``torch.``.
+        dtype: Of operands and result, without ``torch.``; "tf32": see ``DeviceProfile``.
         workload: ``"inference"`` (forward) or ``"training"`` (forward and backward).
         around: What stands around the product.
 
@@ -113,10 +113,11 @@ def monarch_seconds(
         again = seconds(shape, "without_copies", "strided", "none") if recomputed and batch == 1 else 0.0
         return seconds(shape, "monarch", workload) + again
     activated = _fuses(profile, dtype, batch, workload, around)
-    halves = functools.partial(_in_halves, seconds, rows, shape)
+    # In TF32 libraries are no faster at second halves than this library's kernels are, see choice.tf32_tile
+    halves = functools.partial(_in_halves, seconds, rows, shape, "own" if dtype == "tf32" else "library")
     forward = halves(around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
-    has_fused = profile.fused_efficiency > 0
+    has_fused = profile.fused_efficiency > 0 and dtype != "tf32"
     if has_fused and choice.is_fusible(n_in, n_out, rank, shape.p, shape.s):
         held = max(16, 1 << (rank - 1).bit_length())
         forward = np.where(rows >= choice.fused_tokens(n_out, profile.units), seconds(shape, "fused", held), forward)
@@ -124,7 +125,7 @@ def monarch_seconds(
         kept = halves(around.bias, training=True)
         # the forward pass is that of inference, and the first half runs a second time
         return kept - halves(around.bias) + forward + halves(first_only=True) if recomputed else kept
-    shared = 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
+    shared = 0 if dtype == "tf32" else 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
     forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * profile.kernel_launch_s, 0.0)
     return forward + seconds(shape, "epilogue") if activated else forward
 
@@ -133,6 +134,7 @@ def _in_halves(
     seconds: Callable[..., Seconds],
     rows: NDArray[np.int64],
     shape: MonarchShape,
+    plain_second: str,
     bias: bool = False,
     activated: bool = False,
     training: bool = False,
@@ -144,6 +146,7 @@ def _in_halves(
         seconds: Of a shape in a lowering of ``formulas``.
         rows: Tokens.
         shape: The product.
+        plain_second: What runs a second half without epilogue, ``"library"`` or ``"own"``.
         bias: Whether the second half adds one.
         activated: Whether it computes an activation.
         training: Whether there is a backward pass.
@@ -184,7 +187,7 @@ def _in_halves(
         if first_only:
             return halves(of, "none")
         has_epilogue = activated or (bias and n_out > 1 and not higher)
-        forward = halves(of, "own" if has_epilogue else "library") + copies
+        forward = halves(of, "own" if has_epilogue else plain_second) + copies
         if not training:
             return forward
         turned = MonarchShape(of.out_features, of.in_features, n_in, n_out, rank)
@@ -192,7 +195,7 @@ def _in_halves(
         aligned = _is_aligned(ROW, rank, p), _is_aligned(ROW, rank, s)
         if not all(aligned):
             gradients = np.where(rows <= choice.FEW_TOKENS, gradients, seconds(of, "factor_gradients", *aligned))
-        return forward + halves(turned, "library") + gradients + copies  # gradients are cut
+        return forward + halves(turned, plain_second) + gradients + copies  # gradients are cut
 
     rank, p, s = shape.rank, shape.p, shape.s
     few = padded(rank, p, s)
@@ -206,12 +209,12 @@ def _is_aligned(row: int, *sizes: int) -> bool:
 
 def has_kernels(profile: DeviceProfile, dtype: str, batch: int) -> bool:
     """Whether this library's kernels run the product."""
-    return batch == 1 and profile.kernel_efficiency > 0 and DTYPE_BYTES[dtype] == 2
+    return batch == 1 and profile.kernel_efficiency > 0 and dtype in ("bfloat16", "float16", "tf32")
 
 
 def _fuses(profile: DeviceProfile, dtype: str, batch: int, workload: str, around: Surroundings) -> bool:
     """Whether they compute the activation, too: gradients need what is in front of it."""
-    return around.activated and workload == "inference" and has_kernels(profile, dtype, batch)
+    return around.activated and workload == "inference" and dtype != "tf32" and has_kernels(profile, dtype, batch)
 
 
 @functools.lru_cache(maxsize=4096)

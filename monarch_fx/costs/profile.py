@@ -11,7 +11,7 @@ from typing import Any
 
 from monarch_fx.errors import DeviceProfileError
 
-DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float64": 8, "float32": 4, "tf32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class DeviceProfile:
         name: What a plan calls it.
         source: Where the numbers come from, in words.
         peak_flops: FLOP/s that large matrix products reach, by dtype ("float32", "bfloat16", ...), without sparsity.
+            "tf32": of float32 matrices that PyTorch multiplies in TF32 on a GPU.
         bandwidth_bytes_per_s: Bytes read and written per second by matrix products.
         copy_bytes_per_s: The same by a copy that transposes blocks.
         launch_s: Seconds that each kernel costs besides its work.
@@ -29,8 +30,8 @@ class DeviceProfile:
         tile: Rows and columns of the results that one unit computes together; 1 where sizes aren't quantised.
         units: Tiles computed at once (streaming multiprocessors of a GPU).
         fill: Inner steps that a tile loses before its pipeline runs.
-        kernel_efficiency: Speed of this library's own kernels over ``peak_flops``, for half-precision products; 0 where
-            they don't run (CPUs). The next four are theirs, too.
+        kernel_efficiency: Speed of this library's own kernels over ``peak_flops``, for products in half precision
+            and TF32; 0 where they don't run (CPUs). The next four are theirs, too.
         kernel_launch_s: Their ``launch_s``.
         kernel_overlap: Their ``overlap``.
         kernel_fill: Their ``fill``.

@@ -36,7 +36,7 @@ SHIPPED = {
                 "NVIDIA A100 datasheet, 80GB SXM, dense, float32 without TF32; copies taken at full bandwidth, the "
                 "rest as on an H100"
             ),
-            peak_flops={"float64": 19.5e12, "float32": 19.5e12, "bfloat16": 312e12, "float16": 312e12},
+            peak_flops={"float64": 19.5e12, "float32": 19.5e12, "tf32": 156e12, "bfloat16": 312e12, "float16": 312e12},
             bandwidth_bytes_per_s=2.039e12,
             copy_bytes_per_s=2.039e12,
             tile=64,
@@ -49,9 +49,9 @@ SHIPPED = {
             source=(
                 "fitted to 624 of 2208 products in bfloat16 on an H100 80GB SXM, PyTorch 2.11, CUDA 13.0 (python -m "
                 "benchmarks run layers-gpu): over all of them median error 5 %, 95th percentile 20 %; other dtypes and "
-                "copies from measure_device()"
+                "copies from measure_device(), TF32 from five dense products"
             ),
-            peak_flops={"float64": 67e12, "float32": 56e12, "bfloat16": 907e12, "float16": 877e12},
+            peak_flops={"float64": 67e12, "float32": 56e12, "tf32": 470e12, "bfloat16": 907e12, "float16": 877e12},
             bandwidth_bytes_per_s=3.17e12,
             copy_bytes_per_s=1.98e12,
             tile=64,
@@ -67,7 +67,7 @@ SHIPPED = {
                 "in bfloat16 there, and measure_device(); 2208 products that were measured there afterwards "
                 "(layers-gpu, PyTorch 2.11) are predicted with median error 5 %, 95th percentile 23 %"
             ),
-            peak_flops={"float64": 67e12, "float32": 55e12, "bfloat16": 907e12, "float16": 870e12},
+            peak_flops={"float64": 67e12, "float32": 55e12, "tf32": 470e12, "bfloat16": 907e12, "float16": 870e12},
             bandwidth_bytes_per_s=4.6e12,
             copy_bytes_per_s=1.88e12,
             tile=64,
@@ -81,7 +81,13 @@ SHIPPED = {
                 "NVIDIA Ada GPU architecture whitepaper, appendix A, dense, FP32 accumulation, float32 without TF32; "
                 "copies taken at full bandwidth, the rest as on an H100"
             ),
-            peak_flops={"float64": 1.29e12, "float32": 82.6e12, "bfloat16": 165.2e12, "float16": 165.2e12},
+            peak_flops={
+                "float64": 1.29e12,
+                "float32": 82.6e12,
+                "tf32": 82.6e12,
+                "bfloat16": 165.2e12,
+                "float16": 165.2e12,
+            },
             bandwidth_bytes_per_s=1.008e12,
             copy_bytes_per_s=1.008e12,
             units=128,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,10 +99,25 @@ def relative_peaks(device: torch.device) -> dict[str, float]:
     bench = WORKBENCHES[device.type]
     times = {}
     for name in DTYPE_BYTES:
-        x = torch.randn(bench.peak_size, bench.peak_size, device=device).to(getattr(torch, name))
+        if name == "tf32" and device.type == "cpu":
+            continue
+        x = torch.randn(bench.peak_size, bench.peak_size, device=device)
+        x = x if name == "tf32" else x.to(getattr(torch, name))
         run = functools.partial(torch.mm, x, x, out=torch.empty_like(x))
-        times[name] = min(_seconds([run], device) for _ in range(3))
+        with _multiplying_float32_in("tf32" if name == "tf32" else "ieee"):
+            times[name] = min(_seconds([run], device) for _ in range(3))
     return {name: times[bench.dtype] / seconds for name, seconds in times.items()}
+
+
+@contextlib.contextmanager
+def _multiplying_float32_in(precision: str) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def products(bench: Workbench) -> list[Case]:

@@ -1,4 +1,4 @@
-"""Which kernel runs which half of a product on a GPU, by its sizes alone.
+"""Which kernel runs which half of a product on a GPU, by its sizes and its dtype alone.
 
 The rules were read off the times of every tile of this file on an H100, bfloat16, for 17 structures of 768 to 14336
 features at 16 to 16384 tokens.
@@ -6,6 +6,7 @@ features at 16 to 16384 tokens.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
@@ -39,6 +40,10 @@ class Tile:
     stages: int
     per_unit: int = 0
 
+    def holding(self, itemsize: int) -> Tile:
+        """Tiles of half precision, with as many bytes of numbers of ``itemsize`` bytes."""
+        return dataclasses.replace(self, K=2 * self.K // itemsize)
+
     def count(self, tokens: int, columns: int, blocks: int) -> int:
         """Tiles of ``blocks`` results of (tokens, columns)."""
         return -(-tokens // self.M) * -(-columns // self.N) * blocks
@@ -50,6 +55,7 @@ PAIRED = Tile(128, 128, 64, 4, 3, 2)
 GATED = Tile(128, 128, 64, 4, 2, 2)
 NARROW = Tile(128, 64, 64, 4, 4, 2)
 SMALL = Tile(64, 64, 64, 4, 5, 2)
+TF32 = Tile(128, 128, 32, 8, 4, 1)
 
 PLAIN_LARGE = Tile(128, 128, 64, 8, 3)
 PLAIN = Tile(64, 64, 64, 4, 4)
@@ -88,6 +94,15 @@ def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: b
     if tiles(SQUARE) >= 0.5:
         return SQUARE if tiles(SQUARE) <= 1 else PAIRED
     return NARROW if tiles(NARROW) >= 0.5 else SMALL
+
+
+def tf32_tile(tokens: int, width: int, blocks: int, units: int, *, described: bool) -> Tile | None:
+    """``first_tile`` in TF32, for more than ``FEW_TOKENS``; None where a library is the faster one.
+
+    A library always is at second halves: tensor cores want both operands in rows along the sums there, as only first
+    halves have them.
+    """
+    return TF32 if described and TF32.count(tokens, width, blocks) >= units / 2 else None
 
 
 def second_tile(

@@ -29,11 +29,29 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def serves(x: Tensor, R: Tensor) -> bool:
-    """Whether these kernels take the product: half precision on a GPU, one matrix, no function transform."""
-    if not x.is_cuda or R.dim() != 4:
-        return False
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x.dtype
-    return dtype in HALF and not _are_transformed() and _triton() is not None
+    """Whether these kernels take the product: half precision or TF32 on a GPU, one matrix, no function transform."""
+    return x.is_cuda and R.dim() == 4 and _computes(_dtype(x)) and not _are_transformed() and _triton() is not None
+
+
+def takes_epilogue(x: Tensor) -> bool:
+    """Whether bias and activation cost less in these kernels than behind them; for TF32 see ``choice.tf32_tile``."""
+    return _dtype(x) != torch.float32
+
+
+def uses_tf32() -> bool:
+    """Whether PyTorch multiplies float32 matrices in TF32 on a GPU: ``torch.set_float32_matmul_precision("high")``."""
+    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
+def _computes(dtype: torch.dtype) -> bool:
+    """Whether there are kernels for it."""
+    return dtype in HALF or (dtype == torch.float32 and uses_tf32())
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """In which the product runs."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def recomputes(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> bool:
@@ -52,7 +70,9 @@ def serves_together(x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Te
     """Whether these kernels take several products of x together: without padding, broadcast biases or gradients."""
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, *R, *L, *biases)):
         return False
-    if not all(serves(x, factor) and x.shape[-1] == factor.shape[0] * factor.shape[3] for factor in R):
+    if _dtype(x) not in HALF or not all(
+        serves(x, factor) and x.shape[-1] == factor.shape[0] * factor.shape[3] for factor in R
+    ):
         return False
     rows = [factor.shape[0] * factor.shape[3] for factor in L]
     return all(bias is None or bias.shape == (count,) for bias, count in zip(biases, rows, strict=True))
@@ -80,9 +100,8 @@ def products(
     recompute: bool = False,
 ) -> Tensor:
     """x (*, n_in * p) -> (*, n_out * s), contiguous; bias (n_out * s,), gate like the result."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = _dtype(x)
         x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
         bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
     rows = x.reshape(-1, x.shape[-1])
@@ -129,7 +148,7 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if tokens <= FEW_TOKENS and _ran("both halves", "few", x, R, L, y, bias, gate, activation):
         return y
     n_in, n_out, rank, p = R.shape
-    fused = x.is_cuda and is_fusible(n_in, n_out, rank, p, L.shape[3])
+    fused = x.is_cuda and x.dtype in HALF and is_fusible(n_in, n_out, rank, p, L.shape[3])
     fused = fused and tokens >= fused_tokens(n_out, _triton().units(x.device))
     if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
         if not padding.is_aligned(rank) and tokens >= padding.PADDED_TOKENS:
@@ -190,7 +209,7 @@ def _second(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor |
     """Writes ``y`` (tokens, n_out * s)."""
     n_out = L.shape[0]
     is_plain = gate is None and activation == "none" and (bias is None or n_out == 1)
-    suits = t.shape[1] <= FEW_TOKENS or not is_plain
+    suits = t.shape[1] <= FEW_TOKENS or (not is_plain and t.dtype in HALF)
     if suits and _ran("the second half", "second_half", t, L, y, bias, gate, activation):
         return
     if n_out == 1 and bias is not None:
@@ -207,9 +226,12 @@ _failed: set[tuple[Any, ...]] = set()
 
 
 def _ran(what: str, launcher: str, *operands: Any) -> bool:
-    """Whether a Triton kernel has run: not on a CPU; where it can't be compiled, that is said once for these sizes."""
+    """Whether a Triton kernel has run: not on a CPU or in other dtypes.
+
+    Where it can't be compiled, that is said once for these sizes.
+    """
     x, factors = operands[0], operands[1]
-    if not x.is_cuda or (_failed and (what, _sizes(factors)) in _failed):
+    if not x.is_cuda or not _computes(x.dtype) or (_failed and (what, _sizes(factors)) in _failed):
         return False
     run, index = getattr(_triton(), launcher), x.get_device()
     try:

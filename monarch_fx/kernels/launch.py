@@ -26,6 +26,7 @@ from monarch_fx.kernels.choice import (
     first_tile,
     fused_stages,
     second_tile,
+    tf32_tile,
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -261,7 +262,12 @@ def first_launch(
     described = p % 64 == 0 and aligned and _describable(dtype, device, stride_x, p)
     if 2 * tokens * n_in * width * p >= STRIDED_FLOPS and not described:  # cuBLAS is faster than plain tiles
         return None
-    tile = first_tile(tokens, width, n_in, units(device), described=described and tokens > FEW_TOKENS)
+    are_many = tokens > FEW_TOKENS
+    choose = tf32_tile if are_many and dtype == torch.float32 else first_tile
+    tile = choose(tokens, width, n_in, units(device), described=described and are_many)
+    if tile is None:
+        return None
+    tile = tile if are_many else tile.holding(dtype.itemsize)
     numbers = tokens, p, width, rank
     strides = strides_t[1], strides_t[0]
     options = _options(tile, device)
@@ -296,6 +302,7 @@ def second_launch(
     described = tokens > FEW_TOKENS and aligned and _describable(dtype, device, *strides_t[:2], s, stride_y)
     activated = activation != "none"
     tile = second_tile(tokens, s, depth, n_out, units(device), described=described, activated=activated, gated=gated)
+    tile = tile.holding(dtype.itemsize)
     options = {**_options(tile, device), **_constants(kinds)}
     if tile.per_unit:
         most = tile.per_unit * units(device)

@@ -31,7 +31,8 @@ def _product(
         return reference.activated(y, gate, activation)
     x = reference.padded(x, R.shape[0] * R.shape[3])
     rows = L.shape[0] * L.shape[3]
-    if (out_features is None or out_features == rows) and (bias is None or bias.dim() == 1):
+    fits = (out_features is None or out_features == rows) and (bias is None or bias.dim() == 1)
+    if fits and gpu.takes_epilogue(x):
         bias = None if bias is None else bias.expand(rows)
         return gpu.products(x, R, L, bias, gate, activation, recompute)
     y = reference.finished(gpu.products(x, R, L, None, None, "none", recompute), bias, out_features)

@@ -12,6 +12,7 @@ import torch
 from monarch_fx.costs import DTYPE_BYTES, DeviceProfile, Surroundings, dense_seconds, has_kernels, monarch_seconds
 from monarch_fx.errors import ConfigError
 from monarch_fx.kernels import choice
+from monarch_fx.kernels.gpu import uses_tf32
 from monarch_fx.records import Candidate
 from monarch_fx.structure import MonarchShape
 
@@ -52,7 +53,8 @@ class Run:
     def terms(self, candidate: Candidate) -> int:
         """What the kernels round sums up to, so that ranks between take as long and keep less."""
         are_many = min(self.rows(candidate), default=0) > choice.FEW_TOKENS
-        return choice.TERMS if are_many and has_kernels(self.profile, self.dtype, candidate.batch) else 1
+        in_tiles = self.dtype != "tf32" and has_kernels(self.profile, self.dtype, candidate.batch)
+        return choice.TERMS if are_many and in_tiles else 1
 
     def setting(self, candidate: Candidate, recomputed: bool = False) -> dict[str, Any]:
         """What the costs of one candidate depend on besides device, tokens and structure."""
@@ -84,8 +86,10 @@ def token_mix(tokens: Tokens, candidates: Sequence[Candidate], given: bool) -> t
     return {DEFAULT_TOKENS: 1.0}, "default, since no example_inputs say how many a run has"
 
 
-def planned_dtype(dtype: torch.dtype | str | None, candidates: Sequence[Candidate]) -> str:
+def planned_dtype(dtype: torch.dtype | str | None, candidates: Sequence[Candidate], profile: DeviceProfile) -> str:
     """That which was chosen, without ``torch.``; by default the one that most parameters have.
+
+    float32 on a GPU is "tf32" where PyTorch is set to that.
 
     Raises:
         ConfigError: The chosen one is not a real floating-point dtype that costs are known of.
@@ -94,8 +98,12 @@ def planned_dtype(dtype: torch.dtype | str | None, candidates: Sequence[Candidat
         name = str(dtype).removeprefix("torch.")
         if name not in DTYPE_BYTES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, as torch.dtype or name, got {dtype!r}.")
-        return name
+        return _as_multiplied(name, profile)
     sizes: dict[str, int] = {}
     for candidate in candidates:
         sizes[candidate.dtype] = sizes.get(candidate.dtype, 0) + candidate.params
-    return max(sizes, key=lambda dtype: sizes[dtype])
+    return _as_multiplied(max(sizes, key=lambda dtype: sizes[dtype]), profile)
+
+
+def _as_multiplied(dtype: str, profile: DeviceProfile) -> str:
+    return "tf32" if dtype == "float32" and profile.kernel_efficiency > 0 and uses_tf32() else dtype

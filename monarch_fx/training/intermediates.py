@@ -14,10 +14,9 @@ def recompute_intermediates(model: nn.Module, enabled: bool = True) -> nn.Module
 
     A product keeps its intermediate for the gradient of L, ``tokens * nblocks_out * nblocks_in * rank`` numbers,
     besides the input that a dense layer keeps as well: at half the parameters together 1.1 to 2.5 times as much as the
-    dense layer. Computed anew they are not kept, for one more first half: products take 1.0 to 1.2 times as long (benchmark
-    ``layers-train-gpu``). Keeping them is the faster choice, and the default; where whole blocks run under
-    ``torch.utils.checkpoint`` nothing is kept anyway. Mixtures of experts and products under function transforms
-    keep theirs.
+    dense layer. Computed anew they are not kept, for one more first half (benchmark ``layers-train-gpu``). Keeping them
+    is the faster choice, and the default; where whole blocks run under ``torch.utils.checkpoint`` nothing is kept
+    anyway. Mixtures of experts and products under function transforms keep theirs.
 
     Args:
         model: A model with Monarch weights, rewritten or made of ``MonarchLinear``.
