@@ -64,9 +64,8 @@ def test_tf32_with_gradients(shape: tuple[int, ...], tokens: int, recompute: boo
     y, right = mfx.monarch_bmm(*leaves, recompute=recompute), mfx.monarch_bmm(*exact)
     found, wanted = torch.autograd.grad(y, leaves, grad), torch.autograd.grad(right, exact, grad.double())
     for ours, true in zip((y, *found), (right, *wanted), strict=True):
-        # two products one after the other, whose operands lose all but ten bits behind the leading one: independent
-        # roundings of relative size 2^-11 / sqrt(3) each
-        assert (ours.double() - true).norm() <= 4 * 2.0**-11 / 3**0.5 * true.norm()
+        # of four operands all but ten bits behind the leading one are cut off: at most 2^-11 of each on average
+        assert (ours.double() - true).norm() <= 4 * 2.0**-11 * true.norm()
 
 
 def test_tf32_is_not_used_unasked() -> None:
@@ -79,6 +78,7 @@ def test_tf32_is_not_used_unasked() -> None:
             assert (layer(x).double() - exact).norm() <= 1e-5 * exact.norm()
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_recomputed_intermediates_take_no_memory(mode: str | None) -> None:
     layers = [mfx.MonarchLinear(1024, 1024, 4, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
@@ -91,16 +91,16 @@ def test_recomputed_intermediates_take_no_memory(mode: str | None) -> None:
         for _ in range(3):
             torch.compiler.cudagraph_mark_step_begin()
             model.zero_grad()
-            run(x).square().sum().backward()
+            before = torch.cuda.memory_allocated()
+            y = run(x)
+            kept.append(torch.cuda.memory_allocated() - before)
+            y.square().sum().backward()
+            del y
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-        before = torch.cuda.memory_allocated()
-        y = run(x)
-        kept.append(torch.cuda.memory_allocated() - before)
-        del y
     for ours, right in zip(*gradients, strict=True):
         assert (ours - right).norm() <= 2.0**-7 * right.norm()  # sums of another order, rounded to bfloat16
     if mode is None:  # a graph's memory is its pool's
-        assert kept[0] - kept[1] == 4 * 2 * 8192 * 16 * 64
+        assert kept[2] - kept[5] == 4 * 2 * 8192 * 16 * 64
 
 
 def test_device_profile_is_found_and_measured() -> None:

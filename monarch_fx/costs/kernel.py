@@ -42,6 +42,8 @@ MOST_PARTS_OF_BATCHES = 4
 # Times as long as with rows that start at multiples of 16 bytes: 1.1 to 5.9 on an H100, larger for odd numbers
 UNALIGNED = 3
 UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster memory was no faster than an H100
+# Speed in TF32 of what isn't a product of rows along the sums, over that of what is; read off 66 products of tf32-gpu
+TF32_GRADIENTS = 0.6
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 

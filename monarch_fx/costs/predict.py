@@ -11,6 +11,7 @@ import sympy
 from numpy.typing import NDArray
 
 from monarch_fx.costs import formulas
+from monarch_fx.costs.kernel import TF32_GRADIENTS
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
@@ -81,6 +82,9 @@ def dense_seconds(
             for lowering in (("dense_on_gpu", workload, False), ("dense_padded", workload))
         )
         seconds = np.where(np.asarray(tokens) > choice.FEW_TOKENS, np.minimum(unaligned, padded), seconds)
+    if on_gpu and dtype == "tf32" and workload == "training":
+        forward = dense_seconds(profile, tokens, in_features, out_features, dtype=dtype)
+        seconds = forward + (seconds - forward) / TF32_GRADIENTS
     if _fuses(profile, dtype, batch, workload, around):
         seconds = seconds + _function("activation")(*sizes, *constants)
     return seconds
@@ -113,8 +117,7 @@ def monarch_seconds(
         again = seconds(shape, "without_copies", "strided", "none") if recomputed and batch == 1 else 0.0
         return seconds(shape, "monarch", workload) + again
     activated = _fuses(profile, dtype, batch, workload, around)
-    # In TF32 libraries are no faster at second halves than this library's kernels are, see choice.tf32_tile
-    halves = functools.partial(_in_halves, seconds, rows, shape, "own" if dtype == "tf32" else "library")
+    halves = functools.partial(_in_halves, seconds, rows, shape, dtype == "tf32")
     forward = halves(around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     has_fused = profile.fused_efficiency > 0 and dtype != "tf32"
@@ -134,7 +137,7 @@ def _in_halves(
     seconds: Callable[..., Seconds],
     rows: NDArray[np.int64],
     shape: MonarchShape,
-    plain_second: str,
+    in_tf32: bool,
     bias: bool = False,
     activated: bool = False,
     training: bool = False,
@@ -146,13 +149,14 @@ def _in_halves(
         seconds: Of a shape in a lowering of ``formulas``.
         rows: Tokens.
         shape: The product.
-        plain_second: What runs a second half without epilogue, ``"library"`` or ``"own"``.
+        in_tf32: Whether in TF32, where libraries are no faster at second halves than this library's kernels are.
         bias: Whether the second half adds one.
         activated: Whether it computes an activation.
         training: Whether there is a backward pass.
         first_only: Of the first half alone, forward.
     """
     n_out, n_in = shape.nblocks_out, shape.nblocks_in
+    plain_second = "own" if in_tf32 else "library"
 
     def halves(of: MonarchShape, second: str) -> Seconds:
         """The lowering of many tokens, and that of few ones."""
@@ -195,6 +199,7 @@ def _in_halves(
         aligned = _is_aligned(ROW, rank, p), _is_aligned(ROW, rank, s)
         if not all(aligned):
             gradients = np.where(rows <= choice.FEW_TOKENS, gradients, seconds(of, "factor_gradients", *aligned))
+        gradients = gradients / TF32_GRADIENTS if in_tf32 else gradients
         return forward + halves(turned, plain_second) + gradients + copies  # gradients are cut
 
     rank, p, s = shape.rank, shape.p, shape.s

@@ -148,6 +148,14 @@ def is_library_first(tokens: int, n_in: int, n_out: int, p: int) -> bool:
     return tokens > FEW_TOKENS if n_in == 1 else n_out == 1 and tokens >= ROW_TOKENS and p % 8 == 0
 
 
+def are_summed_apart(blocks: int, m: int, n: int) -> bool:
+    """Whether gradients of ``blocks`` matrices (m, n) of float32 numbers are single products, not a batched one.
+
+    A library cuts the long sums of a single product into parts, but not those of a batched one.
+    """
+    return blocks * -(-m // 128) * -(-n // 128) < 32
+
+
 def is_fusible(n_in: int, n_out: int, rank: int, p: int, s: int) -> bool:
     """Whether one kernel can run the whole product well, its intermediate in registers, if it has enough tokens."""
     small = n_in * p <= FUSED_FEATURES and n_out * s <= FUSED_FEATURES

@@ -23,7 +23,14 @@ from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import padding, reference
-from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, fused_tokens, is_fusible, is_library_first
+from monarch_fx.kernels.choice import (
+    FEW_TOKENS,
+    TOGETHER,
+    are_summed_apart,
+    fused_tokens,
+    is_fusible,
+    is_library_first,
+)
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -187,7 +194,14 @@ def _left_gradient(x: Tensor, R: Tensor, grad: Tensor) -> Tensor:
     """Of grad (tokens, n_out * s), with the intermediate computed anew from x (tokens, n_in * p)."""
     n_in, n_out, rank, _ = R.shape
     t, grad = _first(_rows(x), R.contiguous()), _rows(grad)
-    return torch.bmm(t.mT, _blocks(grad, n_out)).unflatten(1, (n_in, rank))
+    return _sums(t, _blocks(grad, n_out)).unflatten(1, (n_in, rank))
+
+
+def _sums(a: Tensor, b: Tensor) -> Tensor:
+    """The sums over tokens of a (blocks, tokens, m) times b (blocks, tokens, n): (blocks, m, n)."""
+    if a.is_cuda and a.dtype == torch.float32 and are_summed_apart(len(a), a.shape[2], b.shape[2]):
+        return torch.stack([torch.mm(one.mT, other) for one, other in zip(a, b, strict=True)])
+    return torch.bmm(a.mT, b)
 
 
 def _first(x: Tensor, R: Tensor) -> Tensor:
@@ -298,9 +312,9 @@ class _Differentiable(torch.autograd.Function):
         grad_x = grad_R = grad_L = None
         if to_x or to_R:
             grad_x, grad_t = product_and_intermediate(grad, L, R, None)  # grad_t (n_in, tokens, n_out * rank)
-            grad_R = torch.bmm(grad_t.mT, _blocks(x, R.shape[0])).view_as(R) if to_R else None
+            grad_R = _sums(grad_t, _blocks(x, R.shape[0])).view_as(R) if to_R else None
         if to_L and kept:
-            grad_L = torch.bmm(kept[0].mT, _blocks(grad, L.shape[0])).view_as(L)
+            grad_L = _sums(kept[0], _blocks(grad, L.shape[0])).view_as(L)
         elif to_L:
             grad_L = left_gradient(x, R, grad)
         return grad_x, grad_R, grad_L, grad_bias, None
