@@ -95,6 +95,22 @@ def with_tile(tile: choice.Tile) -> None:
         _forget_launches()
 
 
+def in_tf32(sizes: Sizes) -> None:
+    """Both halves of few tokens, else the first one."""
+    tokens, n_in, n_out, rank, p, s = sizes
+    operands = tuple(operand.float() for operand in (random(tokens, n_in * p), *factors(n_in, n_out, rank, p, s)))
+    x, R, L = on_gpu(*operands)
+    if tokens <= choice.FEW_TOKENS:
+        y = torch.empty(tokens, n_out * s, device="cuda")
+        assert launch.few(x, R, L, y, None, None, "none")
+        compare(y, exact(*operands, None, None, "none"))
+        return
+    t = torch.empty(n_out, tokens, n_in * rank, device="cuda")
+    assert launch.first_half(x, R, t)
+    blocks = operands[0].double().unflatten(1, (n_in, p))
+    compare(t, torch.einsum("tkp,kjip->jtki", blocks, operands[1].double()).flatten(2))
+
+
 def _forget_launches() -> None:
     for made in vars(launch).values():
         if hasattr(made, "cache_clear"):
@@ -116,10 +132,10 @@ def together(
         compare(one, other)
 
 
-def backward(sizes: Sizes) -> None:
+def backward(sizes: Sizes, recompute: bool) -> None:
     tokens, n_in, n_out, rank, p, s = sizes
     leaves = [random(tokens, n_in * p), *factors(n_in, n_out, rank, p, s), random(n_out * s)]
-    _compare_gradients(mfx.monarch_bmm, leaves, random(tokens, n_out * s))
+    _compare_gradients(functools.partial(mfx.monarch_bmm, recompute=recompute), leaves, random(tokens, n_out * s))
 
 
 def experts(rows: int) -> None:
@@ -162,7 +178,10 @@ def cases() -> Iterator[Callable[[], None]]:
         for shapes, gated in itertools.product((PAIR, WIDE, ODD), ACTIVATIONS):
             yield functools.partial(together, tokens, shapes, (1,), gated)
     for sizes in (*RAGGED[:3], RAGGED[5], MANY, (500, 1, 2, 16, 64, 64)):
-        yield functools.partial(backward, sizes)
+        for recompute in (False, True):
+            yield functools.partial(backward, sizes, recompute)
+    for sizes in (*RAGGED[:3], (2000, 2, 4, 130, 192, 64), (3000, 1, 2, 200, 64, 64)):
+        yield functools.partial(in_tf32, sizes)
     yield functools.partial(experts, 63)
 
 
