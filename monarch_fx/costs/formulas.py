@@ -133,7 +133,7 @@ def epilogue() -> tuple[Kernel, ...]:
 
 def fused(rows: int) -> tuple[Kernel, ...]:
     """The kernel that runs a whole product; see ``Fused``. For inference alone."""
-    return (Fused(sympy.Integer(rows)),)
+    return (Fused(rows),)
 
 
 def flops(kernels: Iterable[Kernel]) -> Expr:

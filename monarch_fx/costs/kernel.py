@@ -33,7 +33,7 @@ from monarch_fx.costs.symbols import (
     units,
     vector_flops,
 )
-from monarch_fx.kernels.choice import FUSED_TOKENS
+from monarch_fx.kernels.choice import FUSED_TOKENS, fused_programs
 
 SUM_TILE = 128  # of the gradients of factors
 SUM_BLOCK = 64  # tokens that are added up at once
@@ -44,6 +44,7 @@ UNALIGNED = 3
 UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster memory was no faster than an H100
 # Speed in TF32 of what isn't a product of rows along the sums, over that of what is; read off 66 products of tf32-gpu
 TF32_GRADIENTS = 0.6
+CACHE_SPEED = 2  # over that of the memory; with ``fused_efficiency`` read off 42 products of fused-gpu
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 
@@ -108,7 +109,7 @@ class Product:
 class Fused:
     """A whole Monarch product in one kernel of this library; a program has some tokens and a row of blocks."""
 
-    rows: Expr  # of factors that a program computes with: the rank, rounded up to a power of two
+    rows: int  # of factors that a program computes with: the rank, rounded up to a power of two
 
     @property
     def flops(self) -> Expr:
@@ -123,11 +124,15 @@ class Fused:
 
     @property
     def seconds(self) -> Expr:
-        """As of ``Product``, with ``2 * units`` programs at once."""
-        waves = ceil_div(ceil_div(tokens, FUSED_TOKENS) * nblocks_out, 2 * units)
+        """As of ``Product``, with several programs on each unit; every row of blocks reads x from a cache."""
+        at_once = fused_programs(self.rows) * units
+        waves = ceil_div(ceil_div(tokens, FUSED_TOKENS) * nblocks_out, at_once)
         program = 2 * FUSED_TOKENS * nblocks_in * self.rows * (p + s + kernel_fill)
-        compute_s = waves * 2 * units * program / (peak_flops * fused_efficiency)
-        return kernel_launch_s + _overlapped(compute_s, self.bytes_moved / bandwidth_bytes_per_s, kernel_overlap)
+        compute_s = waves * at_once * program / (peak_flops * fused_efficiency)
+        memory_s = self.bytes_moved / bandwidth_bytes_per_s
+        cache_s = dtype_bytes * tokens * nblocks_out * nblocks_in * p / (CACHE_SPEED * bandwidth_bytes_per_s)
+        traffic_s = _overlapped(memory_s, cache_s, kernel_overlap)
+        return kernel_launch_s + _overlapped(compute_s, traffic_s, kernel_overlap)
 
 
 @dataclass(frozen=True)

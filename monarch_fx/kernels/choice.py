@@ -17,6 +17,7 @@ STRIDED_FLOPS = 8e9  # in one call of the first half; above, cuBLAS is faster th
 FUSED_TOKENS = 64  # of a program of the kernel that runs whole products
 FUSED_FEATURES = 1024
 FUSED_RANK = 128
+FUSED_LOW = 64  # ranks up to which fewer tiles on their way let one more program run
 FUSED_BLOCKS = 3
 
 
@@ -169,8 +170,10 @@ def fused_tokens(n_out: int, units: int) -> int:
 
 
 def fused_stages(held: int) -> int:
-    """Tiles of operands on their way in that kernel, where it computes with ``held`` rows of a factor at once.
+    """Tiles of operands on their way in that kernel, where it computes with ``held`` rows of a factor at once."""
+    return 3 if held <= FUSED_LOW else 4
 
-    With few rows three programs fit on a multiprocessor then, not two.
-    """
-    return 3 if held <= 64 else 4
+
+def fused_programs(held: int) -> int:
+    """Programs of that kernel that fit on a multiprocessor."""
+    return 3 if held <= FUSED_LOW else 2
