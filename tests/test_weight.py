@@ -131,3 +131,15 @@ def test_a_compiled_product_has_few_guards() -> None:
     compiled(torch.randn(5, 16, dtype=torch.float64))
     assert sum("TENSOR_MATCH" in guard for guard in found) == 2, found
     assert len(found) <= 20, found  # 14 on PyTorch 2.13 and 2.14
+
+
+def test_factors_that_a_wrapper_made_plain_attributes() -> None:
+    """As replicas of ``nn.DataParallel`` and units of the first FSDP have them."""
+    layer = mfx.MonarchLinear(16, 12, nblocks=2)
+    x = torch.randn(3, 16)
+    exact = layer(x)
+    for name in ("R", "L"):
+        factor = layer.weight._parameters.pop(name)
+        object.__setattr__(layer.weight, name, factor.detach())
+    for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
+        torch.testing.assert_close(run(x), exact, rtol=0, atol=0)
