@@ -58,10 +58,10 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
 
     def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
         if out_features is None:
-            dense = _chosen(_held(root, f"dense{suffix}"), picks, cast)
+            dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
             return _dense_product(_widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
-        R = _chosen(_held(root, f"R{suffix}"), picks, cast)
-        L = _chosen(_held(root, f"L{suffix}"), picks, cast)
+        R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
+        L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
         if match.flipped:  # the transposed matrix has the same factors, in the other order
             R, L = L, R
         out = out_features[1] if match.flipped else out_features[0]
@@ -82,12 +82,6 @@ def warn_dense(operand: DenseLike, name: str) -> None:
             DenseFallbackWarning,
             stacklevel=4,
         )
-
-
-def _held(root: Any, name: str) -> Any:
-    """A factor; its plain lookup, as an attribute, is what Dynamo takes longest to guard."""
-    own = root._parameters
-    return own[name] if name in own else getattr(root, name)  # some wrappers make parameters plain attributes
 
 
 def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:

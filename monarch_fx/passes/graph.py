@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,6 @@ class _Factors:
     """What ``dispatch`` needs of a MonarchWeight, with proxies in the place of the factors."""
 
     observer = None
-    _parameters: ClassVar[dict[str, Any]] = {}  # proxies are attributes
 
     def __init__(self, weight: MonarchWeight, path: str, tracer: fx.proxy.GraphAppendingTracer, mode: Any) -> None:
         self.outline, self.suffix, self.own_dtype = weight.outline, weight.suffix, weight.own_dtype
