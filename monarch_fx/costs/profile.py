@@ -105,7 +105,10 @@ class DeviceProfile:
         """
         if dtype not in self.peak_flops:
             known = ", ".join(self.peak_flops)
-            raise DeviceProfileError(f"Profile {self.name!r} has no peak_flops for dtype {dtype!r}. Known: {known}.")
+            raise DeviceProfileError(
+                f"Profile {self.name!r} has no peak_flops for dtype {dtype!r}. Known: {known}. "
+                "measure_device(force=True) measures all that this machine has."
+            )
         return self.peak_flops[dtype]
 
     def to_json(self) -> str:
