@@ -11,15 +11,15 @@ import sympy
 from numpy.typing import NDArray
 
 from monarch_fx.costs import formulas
+from monarch_fx.costs.halves import Halves, Seconds, is_aligned
 from monarch_fx.costs.kernel import TF32_GRADIENTS
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
-from monarch_fx.kernels.padding import OWN_ROW, PADDED_TOKENS, ROW, padded_rank, padded_side
+from monarch_fx.kernels.padding import ROW
 from monarch_fx.structure import MonarchShape
 
 Tokens = int | NDArray[np.int64]
-Seconds = float | NDArray[np.float64]
 
 MOST_TOKENS = 2**16  # beyond it the launches don't count any more, and no verdict changes
 
@@ -76,7 +76,7 @@ def dense_seconds(
     sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype])
     on_gpu = has_kernels(profile, dtype, batch)
     seconds = _function("dense_on_gpu" if on_gpu else "dense", workload)(*sizes, *constants)
-    if on_gpu and not _is_aligned(ROW, in_features, out_features):
+    if on_gpu and not is_aligned(ROW, in_features, out_features):
         unaligned, padded = (
             _function(*lowering)(*sizes, *constants)
             for lowering in (("dense_on_gpu", workload, False), ("dense_padded", workload))
@@ -117,99 +117,20 @@ def monarch_seconds(
         again = seconds(shape, "without_copies", "strided", "none") if recomputed and batch == 1 else 0.0
         return seconds(shape, "monarch", workload) + again
     activated = _fuses(profile, dtype, batch, workload, around)
-    halves = functools.partial(_in_halves, seconds, rows, shape, dtype == "tf32")
-    forward = halves(around.bias, activated)
+    halves = Halves(seconds, rows, dtype == "tf32")
+    forward = halves.forward(shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     has_fused = profile.fused_efficiency > 0 and dtype != "tf32"
     if has_fused and choice.is_fusible(n_in, n_out, rank, shape.p, shape.s):
         held = max(16, 1 << (rank - 1).bit_length())
         forward = np.where(rows >= choice.fused_tokens(n_out, profile.units), seconds(shape, "fused", held), forward)
     if workload == "training":
-        kept = halves(around.bias, training=True)
+        kept = halves.training(shape, around.bias)
         # the forward pass is that of inference, and the first half runs a second time
-        return kept - halves(around.bias) + forward + halves(first_only=True) if recomputed else kept
+        return kept - halves.forward(shape, around.bias) + forward + halves.first(shape) if recomputed else kept
     shared = 0 if dtype == "tf32" else 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
     forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * profile.kernel_launch_s, 0.0)
     return forward + seconds(shape, "epilogue") if activated else forward
-
-
-def _in_halves(
-    seconds: Callable[..., Seconds],
-    rows: NDArray[np.int64],
-    shape: MonarchShape,
-    in_tf32: bool,
-    bias: bool = False,
-    activated: bool = False,
-    training: bool = False,
-    first_only: bool = False,
-) -> Seconds:
-    """Seconds of both halves, of gradients, and of the copies that padding takes.
-
-    Args:
-        seconds: Of a shape in a lowering of ``formulas``.
-        rows: Tokens.
-        shape: The product.
-        in_tf32: Whether in TF32, where libraries are no faster at second halves than this library's kernels are.
-        bias: Whether the second half adds one.
-        activated: Whether it computes an activation.
-        training: Whether there is a backward pass.
-        first_only: Of the first half alone, forward.
-    """
-    n_out, n_in = shape.nblocks_out, shape.nblocks_in
-    plain_second = "own" if in_tf32 else "library"
-
-    def halves(of: MonarchShape, second: str) -> Seconds:
-        """The lowering of many tokens, and that of few ones."""
-        last = _is_aligned(ROW if second == "library" else OWN_ROW, of.rank, of.s)
-
-        def many(first: str, row: int) -> Seconds:
-            return seconds(of, "without_copies", first, second, _is_aligned(row, of.rank, of.p), last)
-
-        if of.nblocks_in == 1:
-            time_s = many("joined", ROW)
-        else:
-            time_s = many("own", OWN_ROW)
-            if of.p % 64:
-                is_large = 2 * rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
-                time_s = np.where(is_large, many("strided", ROW), time_s)
-            if choice.is_library_first(choice.ROW_TOKENS, of.nblocks_in, of.nblocks_out, of.p):
-                time_s = np.where(rows >= choice.ROW_TOKENS, many("joined", ROW), time_s)
-        few_second = "none" if second == "none" else "own"
-        return np.where(rows <= choice.FEW_TOKENS, seconds(of, "without_copies", "own", few_second), time_s)
-
-    def padded(rank: int, p: int, s: int) -> Seconds:
-        """The product with these sizes."""
-        of = MonarchShape(n_in * p, n_out * s, n_out, n_in, rank)
-        more, wider, higher = rank > shape.rank, p > shape.p, s > shape.s
-        copied = {
-            "x": of.in_features > shape.in_features,
-            "R": more or wider,
-            "L": more or higher,
-            "y": of.out_features > shape.out_features,
-        }
-        copies = seconds(of, "padding", *(name for name, is_copied in copied.items() if is_copied))
-        if first_only:
-            return halves(of, "none")
-        has_epilogue = activated or (bias and n_out > 1 and not higher)
-        forward = halves(of, "own" if has_epilogue else plain_second) + copies
-        if not training:
-            return forward
-        turned = MonarchShape(of.out_features, of.in_features, n_in, n_out, rank)
-        gradients = seconds(of, "factor_gradients")
-        aligned = _is_aligned(ROW, rank, p), _is_aligned(ROW, rank, s)
-        if not all(aligned):
-            gradients = np.where(rows <= choice.FEW_TOKENS, gradients, seconds(of, "factor_gradients", *aligned))
-        gradients = gradients / TF32_GRADIENTS if in_tf32 else gradients
-        return forward + halves(turned, plain_second) + gradients + copies  # gradients are cut
-
-    rank, p, s = shape.rank, shape.p, shape.s
-    few = padded(rank, p, s)
-    sizes = (padded_rank(n_in, n_out, rank), *(padded_side(n_in, n_out, size) if training else size for size in (p, s)))
-    return few if sizes == (rank, p, s) else np.where(rows < PADDED_TOKENS, few, padded(*sizes))
-
-
-def _is_aligned(row: int, *sizes: int) -> bool:
-    return all(size % row == 0 for size in sizes)
 
 
 def has_kernels(profile: DeviceProfile, dtype: str, batch: int) -> bool:

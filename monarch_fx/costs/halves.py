@@ -1,0 +1,115 @@
+"""Seconds of Monarch products on a GPU as two halves, with what padding adds: ``kernels/gpu.py``, priced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from monarch_fx.costs.kernel import TF32_GRADIENTS
+from monarch_fx.kernels import choice
+from monarch_fx.kernels.padding import OWN_ROW, PADDED_TOKENS, ROW, padded_rank, padded_side
+from monarch_fx.structure import MonarchShape
+
+Seconds = float | NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Halves:
+    """What is priced, and for how many tokens.
+
+    Attributes:
+        seconds: Of a shape in a lowering of ``formulas``.
+        rows: Tokens.
+        in_tf32: Whether in TF32, where libraries are no faster at second halves than this library's kernels are.
+    """
+
+    seconds: Callable[..., Seconds]
+    rows: NDArray[np.int64]
+    in_tf32: bool
+
+    def forward(self, shape: MonarchShape, bias: bool = False, activated: bool = False) -> Seconds:
+        """Both halves, of which the second one may add a bias and compute an activation."""
+
+        def at(of: MonarchShape) -> Seconds:
+            return self._halves(of, self._second(shape, of, bias, activated)) + self._copies(shape, of)
+
+        return self._padded(shape, at, sides=False)
+
+    def training(self, shape: MonarchShape, bias: bool = False) -> Seconds:
+        """Both halves forward and backward, and the gradients of the factors."""
+
+        def at(of: MonarchShape) -> Seconds:
+            turned = MonarchShape(of.out_features, of.in_features, of.nblocks_in, of.nblocks_out, of.rank)
+            forward = self._halves(of, self._second(shape, of, bias))
+            backward = self._halves(turned, self._second(turned, turned)) + self._gradients(of)
+            return forward + backward + 2 * self._copies(shape, of)  # gradients are cut
+
+        return self._padded(shape, at, sides=True)
+
+    def first(self, shape: MonarchShape) -> Seconds:
+        """The first half alone, forward."""
+        return self._padded(shape, lambda of: self._halves(of, "none"), sides=False)
+
+    def _padded(self, shape: MonarchShape, at: Callable[[MonarchShape], Seconds], *, sides: bool) -> Seconds:
+        """``at`` the sizes that are computed with: ranks, and with ``sides`` p and s, are padded for many tokens."""
+        n_out, n_in, own = shape.nblocks_out, shape.nblocks_in, (shape.rank, shape.p, shape.s)
+
+        def of(rank: int, p: int, s: int) -> MonarchShape:
+            return MonarchShape(n_in * p, n_out * s, n_out, n_in, rank)
+
+        rank = padded_rank(n_in, n_out, shape.rank)
+        sizes = (rank, *(padded_side(n_in, n_out, size) if sides else size for size in own[1:]))
+        few = at(of(*own))
+        return few if sizes == own else np.where(self.rows < PADDED_TOKENS, few, at(of(*sizes)))
+
+    def _second(self, shape: MonarchShape, of: MonarchShape, bias: bool = False, activated: bool = False) -> str:
+        """What runs the second half of ``shape``, computed as ``of``: padded rows are cut before a bias is added."""
+        has_epilogue = activated or (bias and shape.nblocks_out > 1 and of.s == shape.s)
+        return "own" if has_epilogue or self.in_tf32 else "library"
+
+    def _halves(self, of: MonarchShape, second: str) -> Seconds:
+        """The lowering of many tokens, and that of few ones."""
+        last = is_aligned(ROW if second == "library" else OWN_ROW, of.rank, of.s)
+
+        def many(first: str, row: int) -> Seconds:
+            return self.seconds(of, "without_copies", first, second, is_aligned(row, of.rank, of.p), last)
+
+        if of.nblocks_in == 1:
+            time_s = many("joined", ROW)
+        else:
+            time_s = many("own", OWN_ROW)
+            if of.p % 64:
+                is_large = 2 * self.rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
+                time_s = np.where(is_large, many("strided", ROW), time_s)
+            if choice.is_library_first(choice.ROW_TOKENS, of.nblocks_in, of.nblocks_out, of.p):
+                time_s = np.where(self.rows >= choice.ROW_TOKENS, many("joined", ROW), time_s)
+        few = self.seconds(of, "without_copies", "own", "none" if second == "none" else "own")
+        return np.where(self.rows <= choice.FEW_TOKENS, few, time_s)
+
+    def _gradients(self, of: MonarchShape) -> Seconds:
+        """Of both factors."""
+        time_s = self.seconds(of, "factor_gradients")
+        aligned = is_aligned(ROW, of.rank, of.p), is_aligned(ROW, of.rank, of.s)
+        if not all(aligned):
+            unaligned = self.seconds(of, "factor_gradients", *aligned)
+            time_s = np.where(self.rows <= choice.FEW_TOKENS, time_s, unaligned)
+        return time_s / TF32_GRADIENTS if self.in_tf32 else time_s
+
+    def _copies(self, shape: MonarchShape, of: MonarchShape) -> Seconds:
+        """Of what is padded where ``shape`` is computed as ``of``."""
+        more, wider, higher = of.rank > shape.rank, of.p > shape.p, of.s > shape.s
+        copied = {
+            "x": of.in_features > shape.in_features,
+            "R": more or wider,
+            "L": more or higher,
+            "y": of.out_features > shape.out_features,
+        }
+        return self.seconds(of, "padding", *(name for name, is_copied in copied.items() if is_copied))
+
+
+def is_aligned(row: int, *sizes: int) -> bool:
+    """Whether rows of all these sizes start at multiples of ``row`` numbers."""
+    return all(size % row == 0 for size in sizes)
