@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from benchmarks.gpu import CACHE_BYTES, ROUNDING, graph_seconds, shape_at
 from benchmarks.registry import Table, benchmark
 from benchmarks.unaligned import Product, run_of
 from monarch_fx.costs import dense_seconds, monarch_seconds, resolve
+from monarch_fx.costs.timing import multiplying_float32_in
 from monarch_fx.structure import MonarchShape
 
 SIZES = (768, 768), (768, 3072), (1024, 4096), (4096, 1024), (4096, 4096), (4096, 14336)
@@ -30,7 +30,7 @@ def tf32() -> Iterator[Table]:
     table = Table(("pass", "tokens", "in -> out", "ratio", "dense us", *names))
     profile = resolve("auto", "cuda")
     errors: dict[str, list[float]] = {"inference": [], "training": []}
-    with _in_tf32():
+    with multiplying_float32_in("tf32"):
         for workload, tokens in (("inference", 16), ("inference", 4096), ("inference", 16384), ("training", 16384)):
             for size in SIZES:
                 _race(table, profile, workload, tokens, *size, errors[workload])
@@ -41,16 +41,6 @@ def tf32() -> Iterator[Table]:
                 if found
             ]
             yield table
-
-
-@contextlib.contextmanager
-def _in_tf32() -> Iterator[None]:
-    before = torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def _race(

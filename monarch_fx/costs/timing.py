@@ -104,13 +104,14 @@ def relative_peaks(device: torch.device) -> dict[str, float]:
         x = torch.randn(bench.peak_size, bench.peak_size, device=device)
         x = x if name == "tf32" else x.to(getattr(torch, name))
         run = functools.partial(torch.mm, x, x, out=torch.empty_like(x))
-        with _multiplying_float32_in("tf32" if name == "tf32" else "ieee"):
+        with multiplying_float32_in("tf32" if name == "tf32" else "ieee"):
             times[name] = min(_seconds([run], device) for _ in range(3))
     return {name: times[bench.dtype] / seconds for name, seconds in times.items()}
 
 
 @contextlib.contextmanager
-def _multiplying_float32_in(precision: str) -> Iterator[None]:
+def multiplying_float32_in(precision: str) -> Iterator[None]:
+    """As GPUs multiply float32 matrices inside: in ``"tf32"`` or ``"ieee"``."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = precision
