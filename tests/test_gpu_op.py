@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -167,6 +168,13 @@ def test_float32_has_its_bias_and_activation_behind_the_product(monkeypatch: pyt
         exact = F.silu(mfx.Monarch(R.double(), L.double())(x.double()) + bias.double())
         torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
     assert seen == [(None, None, "none")] * len(SHAPES)
+
+
+def test_no_kernel_runs_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recomputed intermediate takes this way, too, whatever the GPU has."""
+    monkeypatch.setattr(gpu, "_triton", lambda: None)
+    x = SimpleNamespace(is_cuda=True, dtype=torch.float16)
+    assert not gpu._ran("the first half", "first_half", x, x)
 
 
 GROUP = [(2, 3, 4, 7), (1, 1, 5, 21), (4, 1, 2, 9)]  # n_in, n_out, rank, s of products of 12 features

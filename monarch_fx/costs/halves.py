@@ -23,11 +23,13 @@ class Halves:
     Attributes:
         seconds: Of a shape in a lowering of ``formulas``.
         rows: Tokens.
+        units: Multiprocessors.
         in_tf32: Whether in TF32, where libraries are no faster at second halves than this library's kernels are.
     """
 
     seconds: Callable[..., Seconds]
     rows: NDArray[np.int64]
+    units: int
     in_tf32: bool
 
     def forward(self, shape: MonarchShape, bias: bool = False, activated: bool = False) -> Seconds:
@@ -81,7 +83,11 @@ class Halves:
             time_s = many("joined", ROW)
         else:
             time_s = many("own", OWN_ROW)
-            if of.p % 64:
+            if self.in_tf32:
+                least = choice.tf32_tokens(of.nblocks_out * of.rank, of.nblocks_in, self.units)
+                has_kernel = (self.rows >= least) & (of.p % 64 == 0)
+                time_s = np.where(has_kernel, time_s, many("strided", ROW))
+            elif of.p % 64:
                 is_large = 2 * self.rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
                 time_s = np.where(is_large, many("strided", ROW), time_s)
             if choice.is_library_first(choice.ROW_TOKENS, of.nblocks_in, of.nblocks_out, of.p):

@@ -117,7 +117,7 @@ def monarch_seconds(
         again = seconds(shape, "without_copies", "strided", "none") if recomputed and batch == 1 else 0.0
         return seconds(shape, "monarch", workload) + again
     activated = _fuses(profile, dtype, batch, workload, around)
-    halves = Halves(seconds, rows, dtype == "tf32")
+    halves = Halves(seconds, rows, profile.units, dtype == "tf32")
     forward = halves.forward(shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     has_fused = profile.fused_efficiency > 0 and dtype != "tf32"

@@ -97,13 +97,13 @@ def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: b
     return NARROW if tiles(NARROW) >= 0.5 else SMALL
 
 
-def tf32_tile(tokens: int, width: int, blocks: int, units: int, *, described: bool) -> Tile | None:
-    """``first_tile`` in TF32, for more than ``FEW_TOKENS``; None where a library is the faster one.
+def tf32_tokens(width: int, blocks: int, units: int) -> int:
+    """From how many tokens a first half in TF32 has a tile for every second unit; sizes as of ``first_tile``.
 
-    A library always is at second halves: tensor cores want both operands in rows along the sums there, as only first
-    halves have them.
+    With fewer, and without tensor descriptors, a library is the faster one. At second halves it always is: tensor cores
+    want both operands in rows along the sums there, as only first halves have them.
     """
-    return TF32 if described and TF32.count(tokens, width, blocks) >= units / 2 else None
+    return TF32.M * (-(-units // (2 * TF32.count(1, width, blocks))) - 1) + 1
 
 
 def second_tile(

@@ -41,7 +41,7 @@ def serves(x: Tensor, R: Tensor) -> bool:
 
 
 def takes_epilogue(x: Tensor) -> bool:
-    """Whether bias and activation cost less in these kernels than behind them; for TF32 see ``choice.tf32_tile``."""
+    """Whether bias and activation cost less in these kernels than behind them; for TF32 see ``choice.tf32_tokens``."""
     return _dtype(x) != torch.float32
 
 
@@ -155,8 +155,9 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if tokens <= FEW_TOKENS and _ran("both halves", "few", x, R, L, y, bias, gate, activation):
         return y
     n_in, n_out, rank, p = R.shape
-    fused = x.is_cuda and x.dtype in HALF and is_fusible(n_in, n_out, rank, p, L.shape[3])
-    fused = fused and tokens >= fused_tokens(n_out, _triton().units(x.device))
+    launch: Any = _triton() if x.is_cuda and x.dtype in HALF else None
+    fused = launch is not None and is_fusible(n_in, n_out, rank, p, L.shape[3])
+    fused = fused and tokens >= fused_tokens(n_out, launch.units(x.device))
     if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
         if not padding.is_aligned(rank) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)
@@ -240,12 +241,12 @@ _failed: set[tuple[Any, ...]] = set()
 
 
 def _ran(what: str, launcher: str, *operands: Any) -> bool:
-    """Whether a Triton kernel has run: not on a CPU or in other dtypes.
+    """Whether a Triton kernel has run: not on a CPU, in other dtypes, or without Triton.
 
     Where it can't be compiled, that is said once for these sizes.
     """
     x, factors = operands[0], operands[1]
-    if not x.is_cuda or not _computes(x.dtype) or (_failed and (what, _sizes(factors)) in _failed):
+    if not x.is_cuda or not _computes(x.dtype) or _triton() is None or (_failed and (what, _sizes(factors)) in _failed):
         return False
     run, index = getattr(_triton(), launcher), x.get_device()
     try:

@@ -21,12 +21,13 @@ from monarch_fx.kernels.choice import (
     FEW_TOKENS,
     FUSED_TOKENS,
     STRIDED_FLOPS,
+    TF32,
     TOGETHER,
     Tile,
     first_tile,
     fused_stages,
     second_tile,
-    tf32_tile,
+    tf32_tokens,
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
@@ -263,11 +264,13 @@ def first_launch(
     if 2 * tokens * n_in * width * p >= STRIDED_FLOPS and not described:  # cuBLAS is faster than plain tiles
         return None
     are_many = tokens > FEW_TOKENS
-    choose = tf32_tile if are_many and dtype == torch.float32 else first_tile
-    tile = choose(tokens, width, n_in, units(device), described=described and are_many)
-    if tile is None:
-        return None
-    tile = tile if are_many else tile.holding(dtype.itemsize)
+    if are_many and dtype == torch.float32:
+        if not described or tokens < tf32_tokens(width, n_in, units(device)):
+            return None
+        tile = TF32
+    else:
+        tile = first_tile(tokens, width, n_in, units(device), described=described and are_many)
+        tile = tile.holding(dtype.itemsize)
     numbers = tokens, p, width, rank
     strides = strides_t[1], strides_t[0]
     options = _options(tile, device)

@@ -40,7 +40,10 @@ class Run:
         return rows
 
     def seconds(self, candidate: Candidate, shape: MonarchShape | None, recomputed: bool = False) -> float:
-        """Predicted seconds of all calls in one run, mean over the token counts; ``recomputed``: ``Surroundings``'."""
+        """Predicted seconds of all calls in one run, mean over the token counts.
+
+        ``recomputed``: whether the backward pass computes the intermediate anew.
+        """
         rows = self.rows(candidate)
         counts = np.array(list(rows))
         setting = self.setting(candidate, recomputed)
