@@ -59,13 +59,13 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
     def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
         if out_features is None:
             dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
-            return _dense_product(_widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
+            return _dense_product(widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
         R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
         L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
         if match.flipped:  # the transposed matrix has the same factors, in the other order
             R, L = L, R
         out = out_features[1] if match.flipped else out_features[0]
-        x = _widened(x, R)
+        x = widened(x, R)
         if offs is not None:
             return monarch_grouped_mm(x, R, L, offs, out_features=out)
         return monarch_bmm(x, R, L, bias, out_features=out, recompute=root.recompute)
@@ -89,7 +89,7 @@ def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:
     return factor if cast is None else factor.to(cast)
 
 
-def _widened(x: Any, factor: Any) -> Any:
+def widened(x: Any, factor: Any) -> Any:
     """A half-precision activation that meets float32 factors is widened (T5 keeps ``wo`` in float32)."""
     if isinstance(x, fx.Proxy) or x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
         return x

@@ -13,13 +13,15 @@ from dataclasses import astuple
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.variables import builtin as _dynamo_builtins
 
 from monarch_fx.errors import StructureError
+from monarch_fx.kernels.op import monarch_bmm
 from monarch_fx.layers.attention import multi_head_attention
 from monarch_fx.layers.match import Match
-from monarch_fx.layers.multiply import Outline, cut, multiplier, warn_dense
+from monarch_fx.layers.multiply import Cut, Outline, cut, multiplier, warn_dense, widened
 from monarch_fx.rules import RULES, Product, Static, op_name
 from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView
@@ -211,6 +213,9 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
             tuple(astuple(view) for view, _ in pieces),
             tuple(cut(structure) for structure in self.shapes),
         )
+        whole = StridedView.whole(shape)
+        is_whole = len(pieces) == 1 and whole.ndim == 2 and pieces[0][0] == whole.matrix(out=[0], inp=[1])
+        self.whole: Cut | None = self.outline[2][0] if is_whole else None  # of the piece that is all of the weight
         for i, (_, value) in enumerate(pieces):
             if isinstance(value, Monarch):
                 self._factor(f"R{self.suffix(i)}", value.R, requires_grad)
@@ -219,6 +224,16 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
                 self._factor(f"dense{self.suffix(i)}", value, requires_grad)
         if rest is not None:
             self._factor("rest", rest, requires_grad)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """``F.linear`` with the whole weight asks no rule: Dynamo guards what a rule reads, at every call."""
+        if func is F.linear and not kwargs and isinstance(args[0], torch.Tensor) and isinstance(args[1], MonarchWeight):
+            weight, bias = args[1], args[2] if len(args) > 2 else None
+            if weight.whole is not None and weight.observer is None and not isinstance(bias, DenseLike):
+                R, L, out = weight.R, weight.L, weight.whole[0]
+                return monarch_bmm(widened(args[0], R), R, L, bias, out_features=out, recompute=weight.recompute)
+        return dispatch(func, args, kwargs or {})
 
     def _factor(self, name: str, value: torch.Tensor, requires_grad: bool) -> None:
         self.register_parameter(name, nn.Parameter(value.detach(), requires_grad=requires_grad))
