@@ -394,3 +394,26 @@ def test_products_together_that_fail_run_one_by_one(monkeypatch: pytest.MonkeyPa
             y, _ = torch.ops.monarch_fx.monarch_together(*operands)
         assert torch.equal(y, layer(x))
         torch.ops.monarch_fx.monarch_together(*operands)  # without another warning, which would be an error
+
+
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
+def test_a_compiled_product_whose_kernel_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.errors import TritonError
+
+    from monarch_fx.kernels import gpu, launch, lowering
+
+    def fails(*operands: object) -> None:
+        raise TritonError("out of shared memory")
+
+    layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = torch.randn(5, 96, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = compiled(x)
+        monkeypatch.setattr(launch.Launch, "__call__", fails)
+        monkeypatch.setattr(gpu, "_failed", set())
+        monkeypatch.setattr(lowering, "_failed", set())
+        with pytest.warns(MonarchWarning, match=r"failed on \(5, 96\).*out of shared memory"):
+            y = compiled(x)
+        assert torch.equal(compiled(x), y)  # without another warning, which would be an error
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)  # two roundings of numbers of order one

@@ -37,7 +37,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 def serves(x: Tensor, R: Tensor) -> bool:
     """Whether these kernels take the product: half precision or TF32 on a GPU, one matrix, no function transform."""
-    return x.is_cuda and R.dim() == 4 and _computes(_dtype(x)) and not _are_transformed() and _triton() is not None
+    return x.is_cuda and R.dim() == 4 and computes(_dtype(x)) and not _are_transformed() and _triton() is not None
 
 
 def takes_epilogue(x: Tensor) -> bool:
@@ -50,7 +50,7 @@ def uses_tf32() -> bool:
     return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def _computes(dtype: torch.dtype) -> bool:
+def computes(dtype: torch.dtype) -> bool:
     """Whether there are kernels for it."""
     return dtype in HALF or (dtype == torch.float32 and uses_tf32())
 
@@ -246,7 +246,7 @@ def _ran(what: str, launcher: str, *operands: Any) -> bool:
     Where it can't be compiled, that is said once for these sizes.
     """
     x, factors = operands[0], operands[1]
-    if not x.is_cuda or not _computes(x.dtype) or _triton() is None or (_failed and (what, _sizes(factors)) in _failed):
+    if not x.is_cuda or not computes(x.dtype) or _triton() is None or (_failed and (what, _sizes(factors)) in _failed):
         return False
     run, index = getattr(_triton(), launcher), x.get_device()
     try:

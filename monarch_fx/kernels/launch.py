@@ -176,7 +176,7 @@ def halves(
     does that.
     """
     extra = [y[-1] if bias is None else bias for bias in biases]
-    read, written = [x, *_filled(R)], [*L, *y, *extra] if gated else [*_filled(L), *_filled(y), *_filled(extra)]
+    read, written = [x, *filled(R)], [*L, *y, *extra] if gated else [*filled(L), *filled(y), *filled(extra)]
     read_at, written_at = [tensor.data_ptr() for tensor in read], [tensor.data_ptr() for tensor in written]
     launches = launches_together(
         x.shape[0],
@@ -196,8 +196,8 @@ def halves(
     at, is_new = memory.data_ptr(), first.run is None or second.run is None
     t = memory.split_with_sizes(sizes) if is_new else [memory] * len(sizes)  # addresses do afterwards
     t_at = [at + offset for offset in offsets]
-    first([*read, *_filled(t)], [*read_at, *_filled(t_at)])
-    second([*(t if gated else _filled(t)), *written], [*(t_at if gated else _filled(t_at)), *written_at])
+    first([*read, *filled(t)], [*read_at, *filled(t_at)])
+    second([*(t if gated else filled(t)), *written], [*(t_at if gated else filled(t_at)), *written_at])
     return True
 
 
@@ -367,7 +367,7 @@ def first_launch_together(
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
     options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
-    numbers = tokens, stride_x, *_filled(p), *_filled(width), *_filled(rank), *_filled(n_in)
+    numbers = tokens, stride_x, *filled(p), *filled(width), *filled(rank), *filled(n_in)
     return Launch(together.first, (programs,), {}, numbers, options, aligned)
 
 
@@ -387,7 +387,7 @@ def second_launch_together(
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(s, n_out, strict=True))
     options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
     options |= {"BIAS": _bits(biases), "FAST": not INTERPRETED}
-    numbers = tokens, *_filled(depth), *_filled(s), *_filled(n_out)
+    numbers = tokens, *filled(depth), *filled(s), *filled(n_out)
     return Launch(together.second, (programs,), {}, numbers, options, aligned)
 
 
@@ -413,7 +413,7 @@ def gated_launch(
     return Launch(together.gated, grid, {}, (tokens, *depth, *s, n_out[1]), options, aligned)
 
 
-def _filled(values: Sequence[Any]) -> Sequence[Any]:
+def filled(values: Sequence[Any]) -> Sequence[Any]:
     """One for each place of a kernel that runs products together; what fills up is not looked at."""
     return values if len(values) == TOGETHER else [*values, *[values[-1]] * (TOGETHER - len(values))]
 
