@@ -413,7 +413,7 @@ def test_a_compiled_product_whose_kernel_fails_says_so_once(monkeypatch: pytest.
         monkeypatch.setattr(launch.Launch, "__call__", fails)
         monkeypatch.setattr(gpu, "_failed", set())
         monkeypatch.setattr(lowering, "_failed", set())
-        with pytest.warns(MonarchWarning, match=r"failed on \(5, 96\).*out of shared memory"):
+        with pytest.warns(MonarchWarning, match=r"failed on .*out of shared memory"):
             y = compiled(x)
         assert torch.equal(compiled(x), y)  # without another warning, which would be an error
     torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-2)  # two roundings of numbers of order one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import monarch_fx as mfx
 from monarch_fx.kernels import gpu, padding
 from monarch_fx.kernels.reference import ACTIVATIONS
 
-SHAPES = [(5, 2, 3, 4, 6, 7), (4, 1, 3, 5, 8, 6), (6, 3, 1, 2, 5, 9)]
+SHAPES = [(5, 2, 3, 4, 6, 7), (4, 1, 3, 5, 8, 6), (6, 3, 1, 2, 5, 9), (5, 1, 1, 3, 6, 8)]
 
 
 def operands(tokens: int, n_in: int, n_out: int, rank: int, p: int, s: int) -> tuple[torch.Tensor, ...]:
@@ -116,6 +117,69 @@ def test_a_compiled_backward_pass_runs_the_op_again(monkeypatch: pytest.MonkeyPa
     leaf = x.detach().requires_grad_()
     mfx.Monarch(R.detach(), L.detach())(leaf).square().sum().backward()
     torch.testing.assert_close(x.grad, leaf.grad, rtol=1e-12, atol=1e-12)
+
+
+def seen_by_compilers(compute: Callable, *arguments: object, dynamic: bool = False) -> tuple[torch.Tensor, list]:
+    """The result, and the targets of the graphs' nodes: of the forward pass, and of the backward pass once that ran."""
+    graphs: list[list[str]] = []
+
+    def keep(module: torch.fx.GraphModule, inputs: list) -> object:
+        graphs.append([str(node.target) for node in module.graph.nodes])
+        return make_boxed_func(module)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    return torch.compile(compute, backend=backend, dynamic=dynamic, fullgraph=True)(*arguments), graphs
+
+
+def test_compilers_see_the_products_of_low_rank_with_gradients() -> None:
+    x, R, L = operands(*SHAPES[3])
+    y, graphs = seen_by_compilers(lambda *operands: gpu.products(*operands, None, None, "none"), x, R, L)
+    y.square().sum().backward()
+    assert [sum(target == "aten.mm.default" for target in graph) for graph in graphs] == [2, 4]
+    assert not any("monarch" in target for graph in graphs for target in graph)
+    leaves = [operand.detach().requires_grad_() for operand in (x, R, L)]
+    mfx.monarch_bmm(*leaves).square().sum().backward()
+    found = [operand.grad for operand in (x, R, L)]
+    torch.testing.assert_close(found, [leaf.grad for leaf in leaves], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "activation", "dynamic", "are_seen"),
+    [
+        (65, (1, 1, 16, 12, 8), "none", False, True),
+        (64, (1, 1, 16, 12, 8), "none", False, False),  # kernels for few tokens
+        (65, (1, 1, 16, 12, 8), "gelu", False, False),  # an epilogue
+        (65, (1, 1, 12, 12, 8), "none", False, False),  # a rank that is padded
+        (65, (2, 1, 16, 12, 8), "none", False, False),  # a transpose between the halves
+        (65, (1, 1, 16, 12, 8), "none", True, False),  # any number of tokens
+    ],
+)
+def test_what_compilers_see_without_gradients(
+    tokens: int, shape: tuple[int, ...], activation: str, dynamic: bool, are_seen: bool
+) -> None:
+    x, R, L = (operand.detach() for operand in operands(tokens, *shape))
+
+    def compute(x: torch.Tensor, R: torch.Tensor, L: torch.Tensor) -> torch.Tensor:
+        return gpu.products(x, R, L, None, None, activation)
+
+    y, (graph,) = seen_by_compilers(compute, x, R, L, dynamic=dynamic)
+    assert any("monarch" in target for target in graph) != are_seen
+    torch.testing.assert_close(y, mfx.monarch_bmm(x, R, L, activation=activation), rtol=1e-12, atol=1e-12)
+
+
+def test_many_products_of_the_same_rows_are_seen_one_by_one() -> None:
+    x, R, L = (operand.detach() for operand in operands(65, 1, 1, 16, 12, 8))
+    bias = torch.randn(8, dtype=torch.float64)
+
+    def compute(x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, bias: torch.Tensor) -> list[torch.Tensor]:
+        pair = [R, R + 1], [L, L - 1], [bias, None]
+        return [*gpu.products_together(x, *pair, None), *gpu.products_together(x, *pair, "silu")]
+
+    results, (graph,) = seen_by_compilers(compute, x, R, L, bias)
+    assert not any("together" in target for target in graph)
+    one, other = mfx.monarch_bmm(x, R, L, bias), mfx.monarch_bmm(x, R + 1, L - 1)
+    torch.testing.assert_close(results, [one, other, F.silu(one) * other], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -274,7 +338,14 @@ PADDED = [
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rank, p and s of every product that is computed."""
     seen = []
-    first, second = gpu._first, gpu._second
+    first, second, differentiable = gpu._first, gpu._second, gpu._differentiable
+
+    def watched_differentiable(
+        x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, *rest: object
+    ) -> torch.Tensor:  # low rank has no halves there
+        y = differentiable(x, R, L, *rest)
+        seen[:] = [(*R.shape[2:], L.shape[3])]
+        return y
 
     def watched_first(x: torch.Tensor, R: torch.Tensor) -> torch.Tensor:
         seen.append(tuple(R.shape[2:]))
@@ -284,6 +355,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen[-1] += (L.shape[3],)
         second(t, L, *rest)
 
+    monkeypatch.setattr(gpu, "_differentiable", watched_differentiable)
     monkeypatch.setattr(gpu, "_first", watched_first)
     monkeypatch.setattr(gpu, "_second", watched_second)
     return seen

@@ -12,7 +12,6 @@ from torch._inductor.utils import run_and_get_code
 from monarch_fx.kernels import gpu
 
 pytest.importorskip("triton")
-inductor = pytest.importorskip("monarch_fx.kernels.inductor")
 lowering = pytest.importorskip("monarch_fx.kernels.lowering")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float16).eps
@@ -25,8 +24,8 @@ PAIRS = [((ONE, (1, 3, 20, 24)), (True, False)), ((ONE, ONE), (False, True))]
 
 
 @pytest.fixture(autouse=True)
-def installed() -> None:
-    inductor.install()
+def registered() -> None:
+    lowering.register()
 
 
 def operands(tokens: int, shapes: tuple, biased: tuple[bool, ...], device: str = "cpu") -> tuple:

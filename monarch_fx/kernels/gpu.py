@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
 from monarch_fx.errors import MonarchWarning
@@ -94,6 +95,7 @@ def _triton() -> Any:
         warnings.warn(f"Monarch products run on slower kernels, without Triton: {error}.", MonarchWarning, stacklevel=2)
         return None
     importlib.import_module("monarch_fx.kernels.inductor").install()
+    importlib.import_module("monarch_fx.kernels.lowering").register()
     return launch
 
 
@@ -117,8 +119,26 @@ def products(
         y = y.reshape(*x.shape[:-1], y.shape[-1])
         return reference.activated(y, gate, activation)
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
-    y = product(rows, R, L, bias, gate, activation)
+    if gate is None and activation == "none" and _is_open(rows, R, L):
+        y = reference.monarch_bmm(rows, R, L, bias)
+    else:
+        y = product(rows, R, L, bias, gate, activation)
     return y.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _is_open(x: Tensor, R: Tensor, L: Tensor) -> bool:
+    """Whether compilers see the two products, which are a library's: these they launch with less work for the host.
+
+    So is low rank without an epilogue, where tokens are known to be many.
+    """
+    n_in, n_out, rank, p = R.shape
+    is_open = n_in == n_out == 1 and padding.is_aligned(rank) and _are_many(x)
+    return is_open and not (x.dtype in HALF and is_fusible(n_in, n_out, rank, p, L.shape[3]))
+
+
+def _are_many(rows: Tensor) -> bool:
+    """Without a guard where their number is symbolic."""
+    return bool(statically_known_true(rows.shape[0] > FEW_TOKENS))
 
 
 def _padded_differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
@@ -127,10 +147,17 @@ def _padded_differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None,
     if not padding.is_aligned(rank, p, s) and not padding.are_few(x.shape[0]):
         x, R, L = padding.pad_all(x, R, L)
     if L.shape[3] == s:
-        return _Differentiable.apply(x, R, L, bias, recompute)
-    y = _Differentiable.apply(x, R, L, None, recompute).unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
+        return _differentiable(x, R, L, bias, recompute)
+    y = _differentiable(x, R, L, None, recompute).unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
     bias = None if bias is None else bias.unflatten(0, (n_out, s))
     return reference.finished(y, bias, None).flatten(1)
+
+
+def _differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
+    """x (tokens, n_in * p) -> (tokens, n_out * s). Of low rank compilers see the library's products (``_is_open``)."""
+    if R.shape[0] == R.shape[1] == 1 and not recompute:
+        return reference.monarch_bmm(x, R, L, bias)
+    return _Differentiable.apply(x, R, L, bias, recompute)
 
 
 def products_together(
@@ -141,7 +168,13 @@ def products_together(
         dtype = torch.get_autocast_dtype("cuda")
         x, R, L = x.to(dtype), [factor.to(dtype) for factor in R], [factor.to(dtype) for factor in L]
         biases = [bias if bias is None else bias.to(dtype) for bias in biases]
-    results = together(x.reshape(-1, x.shape[-1]), R, L, biases, gated)
+    rows = x.reshape(-1, x.shape[-1])
+    if _are_many(rows):
+        if gated is None:
+            return [products(x, *operands, None, "none") for operands in zip(R, L, biases, strict=True)]
+        gate = products(x, R[0], L[0], biases[0], None, "none")
+        return [products(x, R[1], L[1], biases[1], gate, gated)]
+    results = together(rows, R, L, biases, gated)
     return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in results]
 
 
@@ -282,7 +315,7 @@ def _intermediate(x: Tensor, R: Tensor) -> Tensor:
 
 def _blocks(x: Tensor, count: int) -> Tensor:
     """(tokens, count * n) as (count, tokens, n)."""
-    return x.unflatten(1, (count, -1)).transpose(0, 1)
+    return x.view(x.shape[0], count, x.shape[1] // count).transpose(0, 1)  # unflatten takes three times as long
 
 
 class _Differentiable(torch.autograd.Function):

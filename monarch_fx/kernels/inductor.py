@@ -1,7 +1,6 @@
-"""What Inductor is told: a pass over the graph that ``torch.compile`` hands to it, and how few tokens are lowered.
+"""A pass over the graph that ``torch.compile`` hands to Inductor, before gradients are taken.
 
-The pass comes before gradients are taken, where one node is one product, one activation; exports and eager mode don't
-know of it.
+There one node is one product, one activation; exports and eager mode don't know of it.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch._inductor.config as inductor_config
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from monarch_fx.kernels import fusion, gathering, lowering
+from monarch_fx.kernels import fusion, gathering
 
 
 class FuseProducts(CustomGraphPass):
@@ -28,7 +27,6 @@ class FuseProducts(CustomGraphPass):
 
 
 def install() -> None:
-    """Makes Inductor lower few tokens so, and run the pass, unless the user has a pass in its place."""
-    lowering.register()
+    """Makes Inductor run the pass, unless the user has a pass in its place."""
     if inductor_config.pre_grad_custom_pass is None:
         inductor_config.pre_grad_custom_pass = FuseProducts()
