@@ -338,7 +338,7 @@ PADDED = [
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rank, p and s of every product that is computed."""
     seen = []
-    first, second, differentiable = gpu._first, gpu._second, gpu._differentiable
+    first, second, differentiable = gpu.first_half, gpu.second_half, gpu._differentiable
 
     def watched_differentiable(
         x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, *rest: object
@@ -356,8 +356,8 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         second(t, L, *rest)
 
     monkeypatch.setattr(gpu, "_differentiable", watched_differentiable)
-    monkeypatch.setattr(gpu, "_first", watched_first)
-    monkeypatch.setattr(gpu, "_second", watched_second)
+    monkeypatch.setattr(gpu, "first_half", watched_first)
+    monkeypatch.setattr(gpu, "second_half", watched_second)
     return seen
 
 

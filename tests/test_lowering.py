@@ -12,10 +12,12 @@ from torch._inductor.utils import run_and_get_code
 from monarch_fx.kernels import gpu
 
 pytest.importorskip("triton")
+emitted = pytest.importorskip("monarch_fx.kernels.emitted")
 lowering = pytest.importorskip("monarch_fx.kernels.lowering")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float16).eps
-EMITTED = f"extern_kernels.{lowering.NAME}("
+EMITTED = f"extern_kernels.{lowering.FEW_CALL}("
+HALVES = f"extern_kernels.{lowering.HALF_CALL}("
 # n_in, n_out, rank, s of products that read the same 96 features
 ONE, OTHER, THIRD = (2, 3, 8, 24), (1, 1, 20, 33), (4, 2, 16, 40)
 # of each product whether it has a bias
@@ -102,18 +104,93 @@ def test_a_product_that_is_the_gate_of_another(shapes: tuple, biased: tuple[bool
     close(found, exact(compute, *arguments))
 
 
-@pytest.mark.parametrize(("tokens", "dynamic"), [(65, False), (3, True)])
-def test_many_tokens_and_unknown_numbers_of_them_are_the_operators(tokens: int, dynamic: bool) -> None:
+def test_unknown_numbers_of_tokens_are_the_operators() -> None:
     def compute(x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
         return [*gpu.together(x, R, L, biases, None), gpu.product(x, R[0], L[0], None, None, "relu")]
 
-    arguments = operands(tokens, *GROUPS[0])
-    results, code = compiled(compute, *arguments, dynamic=dynamic)
+    arguments = operands(3, *GROUPS[0])
+    results, code = compiled(compute, *arguments, dynamic=True)
     assert EMITTED not in code
     assert "monarch_fx_kernels.together" in code
     assert "monarch_fx_kernels.product" in code
     for found, expected in zip(results, exact(compute, *arguments), strict=True):
         close(found, expected)
+
+
+# whether the first half is a kernel: that of a column of blocks is a library's product, that of a row, from 512 tokens
+# on, a batched one
+@pytest.mark.parametrize(
+    ("tokens", "shape", "is_kernel"),
+    [
+        (65, ONE, True),
+        (70, (1, 3, 16, 24), False),
+        (70, (3, 1, 16, 24), True),
+        (520, (3, 1, 16, 24), False),
+        (520, THIRD, True),
+    ],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_halves_of_many_tokens(tokens: int, shape: tuple, is_kernel: bool, biased: bool) -> None:
+    x, (R,), (L,), (bias,) = operands(tokens, (shape,), (biased,))
+    x = torch.cat([x, x])  # from the middle of which the product takes its rows
+
+    def compute(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        rows = (x + 1)[7 : 7 + tokens]
+        y, t = gpu.product_and_intermediate(rows, R, L, bias)
+        return y, t, y.relu() - 1, gpu.product(rows * 2, R, L, bias, None, "none")
+
+    results, code = compiled(compute, x, R, L, bias)
+    assert "torch.ops.monarch_fx_kernels" not in code
+    assert code.count(HALVES) == 2 * (is_kernel + (biased and shape[1] > 1))
+    for found, expected in zip(results, exact(compute, x, R, L, bias), strict=True):
+        close(found, expected)
+        assert found.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_an_epilogue_of_many_tokens(gated: bool) -> None:
+    x, (R,), (L,), (bias,) = operands(65, (ONE,), (True,))
+    gate = torch.randn(65, 72, dtype=torch.float16) if gated else None
+
+    def compute(x: Tensor, R: Tensor, L: Tensor, bias: Tensor, gate: Tensor | None) -> Tensor:
+        return gpu.product(x, R, L, bias, gate, "silu")
+
+    found, code = compiled(compute, x, R, L, bias, gate)
+    assert code.count(HALVES) == 2
+    close(found, exact(compute, x, R, L, bias, gate))
+
+
+def test_unaligned_ranks_and_products_of_one_kernel_are_the_operators() -> None:
+    x, (R, other), (L, another), _ = operands(512, ((2, 3, 20, 24), (1, 1, 64, 64)), (False, False))
+
+    def compute(x: Tensor, R: Tensor, L: Tensor, other: Tensor, another: Tensor) -> tuple[Tensor, ...]:
+        small = gpu.product(x[:, :64], other[..., :64], another, None, None, "gelu")
+        return gpu.product(x, R, L, None, None, "none"), small
+
+    arguments = x, R, L, other, another
+    results, code = compiled(compute, *arguments)
+    assert HALVES not in code
+    assert code.count(" = torch.ops.monarch_fx_kernels.product.default(") == 2
+    for found, expected in zip(results, exact(compute, *arguments), strict=True):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("tokens", [65, 130])
+@pytest.mark.parametrize(("biased", "activation", "gated"), [(False, "silu", True), (True, "gelu", False)])
+def test_launches_of_halves(tokens: int, biased: bool, activation: str, gated: bool) -> None:
+    """In memory full of NaN."""
+    x, (R,), (L,), (bias,) = operands(tokens, (ONE,), (biased,), DEVICE)
+    gate = torch.randn(tokens, 72, dtype=torch.float16, device=DEVICE) if gated else None
+    strides = tokens * 16, 16, 1
+    first = emitted.Half(True, tokens, tuple(R.shape), strides, (False, "none", False), "float16", DEVICE)
+    second = emitted.Half(False, tokens, tuple(L.shape), strides, (biased, activation, gated), "float16", DEVICE)
+    t = torch.full((3, tokens, 16), float("nan"), dtype=torch.float16, device=DEVICE)
+    y = torch.full((tokens, 72), float("nan"), dtype=torch.float16, device=DEVICE)
+    extra = [operand for operand in (bias, gate) if operand is not None]
+    for half, tensors in ((first, [x, R, t]), (second, [t, L, *extra, y])):
+        launch, of_launch = emitted.prepared_half(repr(tuple(half)))
+        launch(of_launch(tensors), of_launch([tensor.data_ptr() for tensor in tensors]))
+    close(y, exact(gpu.product, x, R, L, bias, gate, activation))
 
 
 def test_rows_that_lie_apart() -> None:
@@ -134,7 +211,7 @@ def launched(tokens: int, shapes: tuple, biased: tuple[bool, ...], together: boo
     x, R, L, biases = operands(tokens, shapes, biased, DEVICE)
     gate = torch.randn(tokens, L[0].shape[0] * L[0].shape[3], dtype=torch.float16, device=DEVICE)
     gate = gate if activation == "relu" else None
-    known = lowering.Products(
+    known = emitted.Products(
         together,
         tokens,
         tuple(tuple(factor.shape) for factor in R),
@@ -147,7 +224,7 @@ def launched(tokens: int, shapes: tuple, biased: tuple[bool, ...], together: boo
     )
     memory = torch.full((known.starts[-1],), float("nan"), dtype=torch.float16, device=DEVICE)
     tensors = [operand for operand in (x, *R, *L, *biases, gate) if operand is not None]
-    launches = lowering.prepared(repr(tuple(known)))
+    launches = emitted.prepared(repr(tuple(known)))
     assert launches is not None
     for _ in range(2):  # compiled, and called again
         memory.fill_(float("nan"))
@@ -182,12 +259,10 @@ def test_launches_of_a_gated_pair(tokens: int, shapes: tuple, biased: tuple[bool
 def test_operands_that_are_not_aligned_are_left_to_the_operator() -> None:
     x, (R,), (L,), _ = operands(3, (ONE,), (False,), DEVICE)
     apart = torch.empty(R.numel() + 1, dtype=R.dtype, device=DEVICE)[1:].view_as(R).copy_(R)
-    known = lowering.Products(
-        False, 3, (tuple(R.shape),), (tuple(L.shape),), (False,), False, "none", "float16", DEVICE
-    )
+    known = emitted.Products(False, 3, (tuple(R.shape),), (tuple(L.shape),), (False,), False, "none", "float16", DEVICE)
     memory = torch.full((known.starts[-1],), float("nan"), dtype=torch.float16, device=DEVICE)
-    launches = lowering.prepared(repr(tuple(known)))
+    launches = emitted.prepared(repr(tuple(known)))
     assert not launches([x, apart, L], memory)
     assert memory.isnan().all()
-    lowering.few_tokens(x, apart, L, products=repr(tuple(known)), out=memory)
+    emitted.few_tokens(x, apart, L, products=repr(tuple(known)), out=memory)
     close(memory[: 3 * 72].view(3, 72), exact(gpu.product, x, R, L, None, None, "none"))

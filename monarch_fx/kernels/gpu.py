@@ -194,7 +194,7 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
         if not padding.is_aligned(rank) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)
-        _second(_first(x, R), L, y, bias, gate, activation)
+        second_half(first_half(x, R), L, y, bias, gate, activation)
     return y
 
 
@@ -218,16 +218,16 @@ def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | No
     """x (tokens, n_in * p) -> (tokens, n_out * s), and the intermediate (n_out, tokens, n_in * rank) for gradients."""
     x, R, L = _rows(x), R.contiguous(), L.contiguous()
     y = x.new_empty(len(x), L.shape[0] * L.shape[3])
-    t = _first(x, R)
+    t = first_half(x, R)
     if len(x):
-        _second(t, L, y, None if bias is None else bias.contiguous(), None, "none")
+        second_half(t, L, y, None if bias is None else bias.contiguous(), None, "none")
     return y, t
 
 
 def _left_gradient(x: Tensor, R: Tensor, grad: Tensor) -> Tensor:
     """Of grad (tokens, n_out * s), with the intermediate computed anew from x (tokens, n_in * p)."""
     n_in, n_out, rank, _ = R.shape
-    t, grad = _first(_rows(x), R.contiguous()), _rows(grad)
+    t, grad = first_half(_rows(x), R.contiguous()), _rows(grad)
     return _sums(t, _blocks(grad, n_out)).unflatten(1, (n_in, rank))
 
 
@@ -238,7 +238,7 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a.mT, b)
 
 
-def _first(x: Tensor, R: Tensor) -> Tensor:
+def first_half(x: Tensor, R: Tensor) -> Tensor:
     """The intermediate (n_out, tokens, n_in * rank)."""
     n_in, n_out = R.shape[:2]
     tokens, t = len(x), _intermediate(x, R)
@@ -253,11 +253,10 @@ def _first(x: Tensor, R: Tensor) -> Tensor:
     return t
 
 
-def _second(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
+def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
     """Writes ``y`` (tokens, n_out * s)."""
     n_out = L.shape[0]
-    is_plain = gate is None and activation == "none" and (bias is None or n_out == 1)
-    suits = t.shape[1] <= FEW_TOKENS or (not is_plain and t.dtype in HALF)
+    suits = t.shape[1] <= FEW_TOKENS or is_second_kernel(t.dtype, n_out, bias is not None, activation, gate is not None)
     if suits and _ran("the second half", "second_half", t, L, y, bias, gate, activation):
         return
     if n_out == 1 and bias is not None:
@@ -268,6 +267,12 @@ def _second(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor |
             y += bias
     if gate is not None or activation != "none":
         y.copy_(reference.activated(y, gate, activation))
+
+
+def is_second_kernel(dtype: torch.dtype, n_out: int, has_bias: bool, activation: str, has_gate: bool) -> bool:
+    """Whether the second half of many tokens is a Triton kernel: where a library's would take a pass more."""
+    is_plain = not has_gate and activation == "none" and (not has_bias or n_out == 1)
+    return not is_plain and dtype in HALF
 
 
 _failed: set[tuple[Any, ...]] = set()

@@ -1,222 +1,176 @@
-"""Few tokens in a compiled graph: Inductor allocates what they write, and emits one call that launches both halves.
+"""How Inductor lowers the operators: to calls of ``emitted``, and to products of its own where these are a library's.
 
-The operators look at their arguments, find the launches for these sizes and allocate results and intermediates, anew in
-each call. Where kernels are launched one by one, that takes the host longer than they run; of a compiled graph all is
-known beforehand.
+Only sizes that are known, few tokens or many: of any number of tokens the operators decide themselves, when they run.
 """
 
 from __future__ import annotations
 
-import ast
-import functools
-import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import sympy
 import torch
-from torch import Tensor
 from torch._inductor import ir
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
-from triton.errors import TritonError
 
-from monarch_fx.kernels import gpu
-from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER
-from monarch_fx.kernels.launch import ALIGNED, REMEMBERED, Launch, few_launches, filled, launches_together
+from monarch_fx.kernels import emitted, gpu, padding
+from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, is_fusible, is_library_first
 
-NAME = "monarch_few_tokens"  # among Inductor's external kernels
+EMITTED: dict[str, Callable[..., None]] = {
+    "monarch_few_tokens": emitted.few_tokens,
+    "monarch_half": emitted.half_of_many_tokens,
+}
+FEW_CALL, HALF_CALL = EMITTED
 
-
-class Products(NamedTuple):
-    """What is known of products that read the same few rows; stands as text in what Inductor writes.
-
-    Attributes:
-        together: Of the operator ``together``, else of ``product``.
-        tokens: Rows.
-        R, L: Shapes of the factors.
-        biases: Which products have one.
-        gate: Whether there is a tensor of gates.
-        activation: The operator's, None for none of ``together``.
-        dtype: Its name in torch.
-        device: Its name.
-    """
-
-    together: bool
-    tokens: int
-    R: tuple[tuple[int, ...], ...]
-    L: tuple[tuple[int, ...], ...]
-    biases: tuple[bool, ...]
-    gate: bool
-    activation: str | None
-    dtype: str
-    device: str
-
-    @property
-    def is_gated(self) -> bool:
-        """Whether one product is the gate of the other, and there is one result."""
-        return self.together and self.activation is not None
-
-    @property
-    def rows(self) -> list[int]:
-        """Features of each result."""
-        return [n_out * s for n_out, _, _, s in (self.L[1:] if self.is_gated else self.L)]
-
-    @property
-    def sizes(self) -> list[int]:
-        """Numbers of each result and intermediate, which lie one after the other."""
-        depths = (n_in * n_out * rank for n_in, n_out, rank, _ in self.R)
-        return [self.tokens * numbers for numbers in (*self.rows, *depths)]
-
-    @property
-    def starts(self) -> list[int]:
-        """Numbers before each of them, and before the end; all are ``ALIGNED``."""
-        aligned = (-(-size // ALIGNED) * ALIGNED for size in self.sizes)
-        return functools.reduce(lambda starts, size: [*starts, starts[-1] + size], aligned, [0])
-
-
-class Launches(NamedTuple):
-    """Both halves, and their operands among all: x, R, L, biases, the gate; results, and intermediates."""
-
-    first: Launch
-    second: Launch
-    of_first: Callable[[Sequence[Any]], Sequence[Any]]
-    of_second: Callable[[Sequence[Any]], Sequence[Any]]
-    parts: list[tuple[int, int]]  # of the memory: where each one starts, its numbers
-    bytes_before: list[int]
-
-    def __call__(self, operands: Sequence[Tensor], memory: Tensor) -> bool:
-        """False where an operand isn't aligned: these kernels are compiled for such that are."""
-        at = memory.data_ptr()
-        addresses = [operand.data_ptr() for operand in operands]
-        if functools.reduce(operator.or_, addresses, at) % ALIGNED:
-            return False
-        addresses += [at + before for before in self.bytes_before]
-        first = second = operands
-        if self.first.run is None or self.second.run is None:  # only a kernel that isn't compiled yet sees the tensors
-            tensors = [*operands, *(memory.narrow(0, *part) for part in self.parts)]
-            first, second = self.of_first(tensors), self.of_second(tensors)
-        self.first(first, self.of_first(addresses))
-        self.second(second, self.of_second(addresses))
-        return True
-
-
-@functools.lru_cache(REMEMBERED)
-def prepared(products: str) -> Launches | None:
-    """Of products as text; None where no kernel takes them."""
-    known = Products(*ast.literal_eval(products))
-    count, starts = len(known.R), known.starts
-    dtype, device = getattr(torch, known.dtype), torch.device(known.device)
-    # where each operand stands among all
-    R, L = list(range(1, 1 + count)), list(range(1 + count, 1 + 2 * count))
-    end = 1 + 2 * count + sum(known.biases)
-    places = iter(range(1 + 2 * count, end))
-    biases = [next(places) if biased else None for biased in known.biases]
-    y = list(range(end + known.gate, end + known.gate + len(known.rows)))
-    t = list(range(y[-1] + 1, y[-1] + 1 + count))
-    extra = [y[-1] if bias is None else bias for bias in biases]
-    x_features = known.R[0][0] * known.R[0][3]
-    found: tuple[Any, ...] | None
-    if known.together:
-        s = tuple([factor[3] for factor in known.L])
-        gated = known.activation
-        found = launches_together(known.tokens, x_features, known.R, s, known.biases, gated, dtype, device, True)
-        of_first = 0, *filled(R), *filled(t)
-        of_second = (*t, *L, *y, *extra) if gated else (*filled(t), *filled(L), *filled(y), *filled(extra))
-    else:
-        strides, kinds = (x_features, known.rows[0], known.rows[0]), (*known.biases, known.activation, known.gate)
-        found = few_launches(known.tokens, strides, known.R[0], known.L[0], kinds, dtype, device, True)
-        of_first, of_second = (0, *R, *t), (*t, *L, *y, *extra, end if known.gate else y[0])
-    if found is None:
-        return None
-    first, second = found[-2:]
-    parts = list(zip(starts[:-1], known.sizes, strict=True))
-    before = [start * dtype.itemsize for start in starts[:-1]]
-    return Launches(first, second, operator.itemgetter(*of_first), operator.itemgetter(*of_second), parts, before)
-
-
-_failed: set[str] = set()
-
-
-def few_tokens(*operands: Tensor, products: str, out: Tensor) -> None:
-    """What the emitted call runs: x (tokens, in_features), factors, biases, the gate; into ``out``, flat."""
-    if operands[0].is_cuda and products not in _failed:
-        launches = prepared(products)
-        try:
-            if launches is not None and launches(operands, out):
-                return
-        except (TritonError, RuntimeError):
-            _failed.add(products)  # the operator meets the same, and says so
-    _by_operator(Products(*ast.literal_eval(products)), operands, out)
-
-
-def _by_operator(known: Products, operands: Sequence[Tensor], out: Tensor) -> None:
-    rest = iter(operands)
-    x = next(rest)
-    R, L = ([next(rest) for _ in known.R] for _ in range(2))
-    biases = [next(rest) if biased else None for biased in known.biases]
-    if known.together:
-        results = gpu.together(x, R, L, biases, known.activation)
-    else:
-        results = [gpu.product(x, R[0], L[0], biases[0], next(rest, None), known.activation)]
-    for start, result in zip(known.starts, results, strict=False):
-        out.narrow(0, start, result.numel()).copy_(result.flatten())
+aten = torch.ops.aten
 
 
 def register() -> None:
     """Makes Inductor lower the operators so."""
-    setattr(extern_kernels, NAME, few_tokens)
-    for op, lower in ((gpu.product, _lower_product), (gpu.together, _lower_together)):
-        register_lowering(op, type_promotion_kind=None)(lower)
+    for name, call in EMITTED.items():
+        setattr(extern_kernels, name, call)
+    register_lowering(gpu.product, type_promotion_kind=None)(_product)
+    register_lowering(gpu.together, type_promotion_kind=None)(_together)
+    register_lowering(gpu.product_and_intermediate, type_promotion_kind=None)(_product_and_intermediate)
 
 
-def _lower_product(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Any:
-    results = _emitted(False, x, [R], [L], [bias], gate, activation)
-    return _fallback(gpu.product)(x, R, L, bias, gate, activation) if results is None else results[0]
+def _product(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Any:
+    found = _few(False, x, [R], [L], [bias], gate, activation)
+    if found is None and not _is_fusible(x, R, L):
+        found = _halves(x, R, L, bias, gate, activation)
+    return _operator(gpu.product)(x, R, L, bias, gate, activation) if found is None else found[0]
 
 
-def _lower_together(x: Any, R: list[Any], L: list[Any], biases: list[Any], gated: str | None) -> Any:
-    results = _emitted(True, x, R, L, biases, None, gated)
-    return _fallback(gpu.together)(x, R, L, biases, gated) if results is None else results
+def _is_fusible(x: Any, R: Any, L: Any) -> bool:
+    """Whether the operator has one kernel for the whole product; it decides from how many tokens on."""
+    sizes = _sizes((R, L))
+    if sizes is None or x.get_dtype() not in gpu.HALF:
+        return False
+    (n_in, n_out, rank, p), (*_, s) = sizes
+    return is_fusible(n_in, n_out, rank, p, s)
 
 
-def _fallback(op: Any) -> Callable[..., Any]:
+def _together(x: Any, R: list[Any], L: list[Any], biases: list[Any], gated: str | None) -> Any:
+    found = _few(True, x, R, L, biases, None, gated)
+    return _operator(gpu.together)(x, R, L, biases, gated) if found is None else found
+
+
+def _product_and_intermediate(x: Any, R: Any, L: Any, bias: Any) -> Any:
+    found = _halves(x, R, L, bias, None, "none")
+    return _operator(gpu.product_and_intermediate)(x, R, L, bias) if found is None else found
+
+
+def _operator(op: Any) -> Callable[..., Any]:
     return fallback_handler(op, add_to_fallback_set=False)
 
 
-def _emitted(
-    together: bool, x: Any, R: list[Any], L: list[Any], biases: list[Any], gate: Any, activation: str | None
-) -> list[Any] | None:
-    """Each result (tokens, rows), as Inductor has it; None where the operator itself does as well."""
-    extra = [operand for operand in (*biases, gate) if operand is not None]
-    sizes = [operand.get_size() for operand in (x, *R, *L, *extra)]
+def _sizes(operands: Sequence[Any]) -> list[tuple[int, ...]] | None:
+    """Of each operand; None where one isn't known, or where no Python may be emitted."""
+    sizes = [operand.get_size() for operand in operands]
     if V.graph.cpp_wrapper or not all(isinstance(size, (int, sympy.Integer)) for shape in sizes for size in shape):
         return None
-    shapes = [tuple(int(size) for size in shape) for shape in sizes]
-    (tokens, _), count, device, dtype = shapes[0], len(R), x.get_device(), x.get_dtype()
-    if not (0 < tokens <= FEW_TOKENS and count <= TOGETHER and gpu.computes(dtype)):
+    return [tuple(int(size) for size in shape) for shape in sizes]
+
+
+def _few(
+    together: bool, x: Any, R: list[Any], L: list[Any], biases: list[Any], gate: Any, activation: str | None
+) -> Sequence[Any] | None:
+    """Each result (tokens, rows) of few tokens, by one call; None where that isn't to be."""
+    extra = [operand for operand in (*biases, gate) if operand is not None]
+    shapes, count, dtype = _sizes((x, *R, *L, *extra)), len(R), x.get_dtype()
+    if shapes is None or not (0 < shapes[0][0] <= FEW_TOKENS and count <= TOGETHER and gpu.computes(dtype)):
         return None
-    known = Products(
+    known = emitted.Products(
         together,
-        tokens,
+        shapes[0][0],
         tuple(shapes[1 : 1 + count]),
         tuple(shapes[1 + count : 1 + 2 * count]),
         tuple(bias is not None for bias in biases),
         gate is not None,
         activation,
-        str(dtype).removeprefix("torch."),
-        str(device),
+        _name(dtype),
+        str(x.get_device()),
     )
     products = repr(tuple(known))
-    if prepared(products) is None:
+    if emitted.prepared(products) is None:
         return None
     operands = [ir.ExternKernel.require_contiguous(operand) for operand in (x, *R, *L, *extra)]
-    layout = ir.FixedLayout(device, dtype, [known.starts[-1]], [1])
-    call = ir.ExternKernelOut(
-        layout, operands, kwargs={"products": products}, python_kernel_name=f"extern_kernels.{NAME}"
-    )
-    memory, view = ir.TensorBox.create(call), lowerings[torch.ops.aten.as_strided.default]
+    memory = _call(FEW_CALL, operands, [known.starts[-1]], [1], products=products)
     return [
-        view(memory, [tokens, rows], [rows, 1], start) for rows, start in zip(known.rows, known.starts, strict=False)
+        _strided(memory, [known.tokens, rows], [rows, 1], start)
+        for rows, start in zip(known.rows, known.starts, strict=False)
     ]
+
+
+def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Sequence[Any] | None:
+    """y (tokens, n_out * s) and the intermediate (n_out, tokens, n_in * rank) of many tokens, half by half.
+
+    As ``gpu`` runs them. None where the operator itself is to decide.
+    """
+    extra = [operand for operand in (bias, gate) if operand is not None]
+    shapes, dtype = _sizes((x, R, L, *extra)), x.get_dtype()
+    if shapes is None or shapes[0][0] <= FEW_TOKENS or not gpu.computes(dtype):
+        return None
+    (tokens, _), (n_in, n_out, rank, p), (*_, s), *_ = shapes
+    if tokens >= padding.PADDED_TOKENS and not padding.is_aligned(rank):
+        return None
+    depth, about = n_in * rank, (_name(dtype), str(x.get_device()))
+    strides = (tokens * depth, depth, 1) if n_in > 1 else (rank, n_out * rank, 1)
+    x, R, L, *extra = (ir.ExternKernel.require_contiguous(operand) for operand in (x, R, L, *extra))
+    first = emitted.Half(True, tokens, (n_in, n_out, rank, p), strides, (False, "none", False), *about)
+    if not is_library_first(tokens, n_in, n_out, p):
+        if emitted.prepared_half(repr(tuple(first))) is None:
+            return None
+        t = _call(HALF_CALL, [x, R], [n_out, tokens, depth], strides, half=repr(tuple(first)))
+    elif n_in == 1:
+        columns = _call("mm", [x, _turned(R, n_out * rank, p)], [tokens, n_out * rank], [n_out * rank, 1])
+        t = _strided(columns, [n_out, tokens, rank], strides)
+    else:
+        blocks = _realized(lowerings[aten.permute.default](_reshaped(x, tokens, n_in, p), [1, 0, 2]))
+        parts = _call("bmm", [blocks, _turned(R, n_in, rank, p)], [n_in, tokens, rank], [rank, depth, 1])
+        t = _strided(parts, [1, tokens, depth], strides)
+    kinds = bias is not None, activation, gate is not None
+    size, rows = [tokens, n_out * s], n_out * s
+    if gpu.is_second_kernel(dtype, n_out, *kinds):
+        second = emitted.Half(False, tokens, (n_out, n_in, rank, s), strides, kinds, *about)
+        return _call(HALF_CALL, [t, L, *extra], size, [rows, 1], half=repr(tuple(second))), t
+    if gate is not None or activation != "none" or (bias is not None and n_out > 1):
+        return None
+    if n_out == 1:
+        product = lowerings[aten.mm.default if bias is None else aten.addmm.default]
+        return product(*extra, _strided(t, [tokens, depth], strides[1:]), _reshaped(L, depth, s)), t
+    y = _call("bmm", [t, _realized(_reshaped(L, n_out, depth, s))], [n_out, tokens, s], [s, rows, 1])
+    return _strided(y, size, [rows, 1]), t
+
+
+def _call(name: str, operands: list[Any], size: Sequence[int], strides: Sequence[int], **text: str) -> Any:
+    """What an external kernel of Inductor's writes into a tensor of this size and these strides."""
+    layout = ir.FixedLayout(operands[0].get_device(), operands[0].get_dtype(), list(size), list(strides))
+    call = ir.ExternKernelOut(layout, operands, kwargs=text, python_kernel_name=f"extern_kernels.{name}")
+    return ir.TensorBox.create(call)
+
+
+def _strided(written: Any, size: Sequence[int], strides: Sequence[int], start: int = 0) -> Any:
+    """A view of what a call has written."""
+    return lowerings[aten.as_strided.default](written, list(size), list(strides), start)
+
+
+def _reshaped(tensor: Any, *size: int) -> Any:
+    return lowerings[aten.view.default](tensor, list(size))
+
+
+def _turned(factor: Any, *size: int) -> Any:
+    """The factor as matrices of this size, transposed."""
+    axes = [*range(len(size) - 2), len(size) - 1, len(size) - 2]
+    return _realized(lowerings[aten.permute.default](_reshaped(factor, *size), axes))
+
+
+def _realized(tensor: Any) -> Any:
+    """As an external kernel can read it; a view stays one."""
+    return ir.ExternKernel.realize_input(tensor)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
