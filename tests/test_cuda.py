@@ -400,7 +400,7 @@ def test_products_together_that_fail_run_one_by_one(monkeypatch: pytest.MonkeyPa
 def test_a_compiled_product_whose_kernel_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.errors import TritonError
 
-    from monarch_fx.kernels import gpu, launch, lowering
+    from monarch_fx.kernels import emitted, gpu, launch
 
     def fails(*operands: object) -> None:
         raise TritonError("out of shared memory")
@@ -412,7 +412,7 @@ def test_a_compiled_product_whose_kernel_fails_says_so_once(monkeypatch: pytest.
         expected = compiled(x)
         monkeypatch.setattr(launch.Launch, "__call__", fails)
         monkeypatch.setattr(gpu, "_failed", set())
-        monkeypatch.setattr(lowering, "_failed", set())
+        monkeypatch.setattr(emitted, "_failed", set())
         with pytest.warns(MonarchWarning, match=r"failed on .*out of shared memory"):
             y = compiled(x)
         assert torch.equal(compiled(x), y)  # without another warning, which would be an error

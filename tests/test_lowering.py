@@ -147,6 +147,28 @@ def test_halves_of_many_tokens(tokens: int, shape: tuple, is_kernel: bool, biase
         assert found.stride() == expected.stride()
 
 
+def test_what_computes_an_operand_runs_once() -> None:
+    """An activation's gradient, say, which is added up for a bias, too: as if the product were a library's."""
+    x, (R,), (L,), _ = operands(65, (ONE,), (False,))
+
+    def active(x: Tensor, z: Tensor) -> Tensor:
+        return x * 3.125 + z.relu()
+
+    def compute(x: Tensor, z: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, ...]:
+        a = active(x, z)
+        total = a.sum(0)
+        return total, *gpu.product_and_intermediate(a, R, L, None)
+
+    def plain(x: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        a = active(x, z)
+        total = a.sum(0)
+        return total, torch.mm(a, weight)
+
+    _, code = compiled(compute, x, x.flip(0), R, L)
+    _, dense = compiled(plain, x, x.flip(0), torch.randn(96, 48, dtype=torch.float16))
+    assert code.count("3.125") == dense.count("3.125") > 0
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_an_epilogue_of_many_tokens(gated: bool) -> None:
     x, (R,), (L,), (bias,) = operands(65, (ONE,), (True,))

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 from torch._inductor import ir
-from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
+from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler, lowerings, register_lowering
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
@@ -31,9 +31,14 @@ def register() -> None:
     """Makes Inductor lower the operators so."""
     for name, call in EMITTED.items():
         setattr(extern_kernels, name, call)
-    register_lowering(gpu.product, type_promotion_kind=None)(_product)
-    register_lowering(gpu.together, type_promotion_kind=None)(_together)
-    register_lowering(gpu.product_and_intermediate, type_promotion_kind=None)(_product_and_intermediate)
+    lowered: dict[Any, Callable[..., Any]] = {
+        gpu.product: _product,
+        gpu.together: _together,
+        gpu.product_and_intermediate: _product_and_intermediate,
+    }
+    for op, lower in lowered.items():
+        register_lowering(op, type_promotion_kind=None)(lower)
+        add_needs_realized_inputs(op)  # else what computes an operand is computed again by its other readers
 
 
 def _product(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Any:
