@@ -215,6 +215,18 @@ def test_launches_of_halves(tokens: int, biased: bool, activation: str, gated: b
     close(y, exact(gpu.product, x, R, L, bias, gate, activation))
 
 
+def test_wrappers_in_another_language_are_the_operators() -> None:
+    x, (R,), (L,), _ = operands(3, (ONE,), (False,))
+
+    def compute(x: Tensor, R: Tensor, L: Tensor) -> Tensor:
+        return gpu.product(x, R, L, None, None, "none")
+
+    with torch._inductor.config.patch(cpp_wrapper=True):
+        found, code = compiled(compute, x, R, L)
+    assert EMITTED not in code
+    close(found, exact(compute, x, R, L))
+
+
 def test_rows_that_lie_apart() -> None:
     """The launches are for rows that follow each other."""
     x, (R,), (L,), _ = operands(3, (ONE,), (False,))
