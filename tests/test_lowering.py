@@ -1,4 +1,4 @@
-"""Few tokens in graphs that Inductor compiles: what it emits, on the CPU, and its launches in the interpreter."""
+"""The operators in graphs that Inductor compiles: what it emits, on the CPU, and its launches in the interpreter."""
 
 from __future__ import annotations
 

@@ -195,15 +195,15 @@ def prepared_half(half: str) -> tuple[Launch, Callable[[Sequence[Any]], Sequence
     """
     known = Half(*ast.literal_eval(half))
     blocks, _, _, size = known.factor
-    tensors = getattr(torch, known.dtype), torch.device(known.device), True
+    operands = getattr(torch, known.dtype), torch.device(known.device), True
     if known.is_first:
-        first = first_launch(known.tokens, blocks * size, known.factor, known.strides, *tensors)
+        first = first_launch(known.tokens, blocks * size, known.factor, known.strides, *operands)
         return None if first is None else (first, operator.itemgetter(0, 1, 2))
     strides = known.strides, blocks * size, blocks * size
     has_bias, _, gated = known.kinds
     end = 2 + has_bias + gated
     of_second = operator.itemgetter(0, 1, end, 2 if has_bias else end, end - 1 if gated else end)
-    return second_launch(known.tokens, known.factor, strides, known.kinds, *tensors), of_second
+    return second_launch(known.tokens, known.factor, strides, known.kinds, *operands), of_second
 
 
 def half_of_many_tokens(*operands: Tensor, half: str, out: Tensor) -> None:

@@ -121,6 +121,10 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
     (tokens, _), (n_in, n_out, rank, p), (*_, s), *_ = shapes
     if tokens >= padding.PADDED_TOKENS and not padding.is_aligned(rank):
         return None
+    kinds = bias is not None, activation, gate is not None
+    is_kernel = gpu.is_second_kernel(dtype, n_out, *kinds)
+    if not is_kernel and (gate is not None or activation != "none" or (bias is not None and n_out > 1)):
+        return None
     depth, about = n_in * rank, (_name(dtype), str(x.get_device()))
     strides = (tokens * depth, depth, 1) if n_in > 1 else (rank, n_out * rank, 1)
     x, R, L, *extra = (ir.ExternKernel.require_contiguous(operand) for operand in (x, R, L, *extra))
@@ -136,13 +140,10 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
         blocks = _realized(lowerings[aten.permute.default](_reshaped(x, tokens, n_in, p), [1, 0, 2]))
         parts = _call("bmm", [blocks, _turned(R, n_in, rank, p)], [n_in, tokens, rank], [rank, depth, 1])
         t = _strided(parts, [1, tokens, depth], strides)
-    kinds = bias is not None, activation, gate is not None
     size, rows = [tokens, n_out * s], n_out * s
-    if gpu.is_second_kernel(dtype, n_out, *kinds):
+    if is_kernel:
         second = emitted.Half(False, tokens, (n_out, n_in, rank, s), strides, kinds, *about)
         return _call(HALF_CALL, [t, L, *extra], size, [rows, 1], half=repr(tuple(second))), t
-    if gate is not None or activation != "none" or (bias is not None and n_out > 1):
-        return None
     if n_out == 1:
         product = lowerings[aten.mm.default if bias is None else aten.addmm.default]
         return product(*extra, _strided(t, [tokens, depth], strides[1:]), _reshaped(L, depth, s)), t
