@@ -38,7 +38,7 @@ def register() -> None:
     }
     for op, lower in lowered.items():
         register_lowering(op, type_promotion_kind=None)(lower)
-        add_needs_realized_inputs(op)  # else what computes an operand is computed again by its other readers
+        add_needs_realized_inputs(op)  # else readers lowered before them compute an operand themselves
 
 
 def _product(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Any:
@@ -101,7 +101,7 @@ def _few(
     products = repr(tuple(known))
     if emitted.prepared(products) is None:
         return None
-    operands = [ir.ExternKernel.require_contiguous(operand) for operand in (x, *R, *L, *extra)]
+    operands = [_contiguous(operand) for operand in (x, *R, *L, *extra)]
     memory = _call(FEW_CALL, operands, [known.starts[-1]], [1], products=products)
     return [
         _strided(memory, [known.tokens, rows], [rows, 1], start)
@@ -127,7 +127,7 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
         return None
     depth, about = n_in * rank, (_name(dtype), str(x.get_device()))
     strides = (tokens * depth, depth, 1) if n_in > 1 else (rank, n_out * rank, 1)
-    x, R, L, *extra = (ir.ExternKernel.require_contiguous(operand) for operand in (x, R, L, *extra))
+    x, R, L, *extra = (_contiguous(operand) for operand in (x, R, L, *extra))
     first = emitted.Half(True, tokens, (n_in, n_out, rank, p), strides, (False, "none", False), *about)
     if not is_library_first(tokens, n_in, n_out, p):
         if emitted.prepared_half(repr(tuple(first))) is None:
@@ -171,6 +171,11 @@ def _turned(factor: Any, *size: int) -> Any:
     """The factor as matrices of this size, transposed."""
     axes = [*range(len(size) - 2), len(size) - 1, len(size) - 2]
     return _realized(lowerings[aten.permute.default](_reshaped(factor, *size), axes))
+
+
+def _contiguous(tensor: Any) -> Any:
+    tensor.realize()  # else a view of what isn't is copied, and that computed again by its other readers
+    return ir.ExternKernel.require_contiguous(tensor)
 
 
 def _realized(tensor: Any) -> Any:
