@@ -244,6 +244,7 @@ class TestProfile:
             ({"peak_flops": {}}, "peak_flops must map dtypes"),
             ({"peak_flops": {"float32": math.inf}}, r"peak_flops\['float32'\] must be a positive finite number"),
             ({"peak_flops": {"fp8": 1.0}}, "unknown dtype 'fp8'"),
+            ({"kernel_efficiency": 0.5}, "kernel_operand_bytes_per_s must be a positive finite number, got 0"),
             ({"name": ""}, "name must be a text"),
         ],
     )
@@ -308,6 +309,27 @@ class TestLoweringsOfAGpu:
         kernels = formulas.without_copies(first, second)
         assert not any(isinstance(each, kernel.Copy) for each in kernels)
         assert count(formulas.flops(kernels), self.shape, tokens=7) == 2 * 7 * self.shape.params
+
+    @pytest.mark.parametrize(
+        ("operand_bytes_per_s", "step_s"),
+        [
+            (1e18, 2 * 128 * 64 / 2e12),  # two waves of 64 x 64, or one of 128 x 64
+            (1e9, 2 * (128 + 64) / 1e9),  # one of 128 x 64: two of 64 x 64 take in a third more, and so does 128 x 128
+        ],
+    )
+    def test_own_kernels_take_the_fastest_of_their_tiles(self, operand_bytes_per_s: float, step_s: float) -> None:
+        gpu = dataclasses.replace(PROFILE, tile=64, units=10, bandwidth_bytes_per_s=1e18)
+        shape = MonarchShape(2048, 2048, 2, 2, rank=160)  # a first half of 2 x (128, 1024) @ (1024, 320)
+        taken, nothing = (
+            monarch_seconds(
+                dataclasses.replace(gpu, kernel_efficiency=efficiency, kernel_operand_bytes_per_s=rate),
+                128,
+                shape,
+                dtype="bfloat16",
+            )
+            for efficiency, rate in ((0.5, operand_bytes_per_s), (1e9, 1e30))
+        )
+        assert taken - nothing == pytest.approx(10 * 1024 * step_s, rel=1e-6)
 
     def test_gradients_of_factors_by_hand(self) -> None:
         shape = MonarchShape(30, 20, 2, 3, rank=5)  # p = 10, s = 10

@@ -45,7 +45,7 @@ def fit_profile(
 
     has_kernels = any(case.kernels for case in cases)
     # Starts: the roofs that the fastest product shows, a launch as long as half the shortest one, little to fill, half
-    # overlap, own kernels as fast as others.
+    # overlap, own kernels as fast as others, and as long at the operands of a square tile as at its products.
     flops = max(
         2 * c.tokens * c.in_features * c.out_features / t for c, t in zip(cases, times, strict=True) if not c.shape
     )
@@ -53,8 +53,8 @@ def fit_profile(
     scales = {"peak": flops, "bandwidth": flops / 10, "copy": flops / 10, "launch_s": times.min() / 2, "fill": 10.0}
     if has_kernels:
         shares["kernel_overlap"] = 0.5
-        scales |= {"kernel_efficiency": 1.0, "kernel_launch_s": times.min() / 2, "kernel_fill": 10.0}
-        scales |= {"fused_efficiency": 1.0}
+        scales |= {"kernel_efficiency": 1.0, "kernel_launch_s": times.min() / 2, "fused_efficiency": 1.0}
+        scales |= {"kernel_operand_bytes_per_s": flops / tile}
 
     def profile(constants: NDArray[np.float64], source: str = "being fitted") -> DeviceProfile:
         found = dict(zip(scales, np.exp(constants[: len(scales)]).tolist(), strict=True))

@@ -16,8 +16,8 @@ from monarch_fx.costs.symbols import (
     fill,
     fused_efficiency,
     kernel_efficiency,
-    kernel_fill,
     kernel_launch_s,
+    kernel_operand_bytes_per_s,
     kernel_overlap,
     launch_s,
     nblocks_in,
@@ -35,6 +35,8 @@ from monarch_fx.costs.symbols import (
 )
 from monarch_fx.kernels.choice import FUSED_TOKENS, fused_programs
 
+# Of ``tile``, which is 64 on a GPU: those of ``choice`` that stand for all
+OWN_TILES = ((sympy.Rational(1, 4), 1), (1, 1), (2, 1), (2, 2), (2, 4))
 SUM_TILE = 128  # of the gradients of factors
 SUM_BLOCK = 64  # tokens that are added up at once
 MOST_PARTS = 64
@@ -44,6 +46,7 @@ UNALIGNED = 3
 UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster memory was no faster than an H100
 # Speed in TF32 of what isn't a product of rows along the sums, over that of what is; read off 66 products of tf32-gpu
 TF32_GRADIENTS = 0.6
+TF32_KERNELS = 0.85  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
 CACHE_SPEED = 2  # over that of the memory; with ``fused_efficiency`` read off 42 products of fused-gpu
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
@@ -84,16 +87,25 @@ class Product:
 
         ``units`` tiles of ``tile x tile`` results are computed at once, so the device is idle in the last, partly
         filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. This library's own kernels have
-        constants of their own.
+        constants of their own, and take the fastest of several tiles.
         """
-        peak, launch, hidden, steps = peak_flops, launch_s, overlap, fill
+        launch, hidden = (kernel_launch_s, kernel_overlap) if self.own else (launch_s, overlap)
         if self.own:
-            peak, launch, hidden, steps = peak_flops * kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_fill
-        waves = ceil_div(self.batch * ceil_div(self.m, tile) * ceil_div(self.n, tile), units)
-        compute_s = waves * units * 2 * tile**2 * (self.k + steps) / peak
+            compute_s = Min(*(self._in_tiles_s(rows * tile, columns * tile) for rows, columns in OWN_TILES))
+        else:
+            compute_s = self._waves(tile, tile) * units * 2 * tile**2 * (self.k + fill) / peak_flops
         bandwidth = bandwidth_bytes_per_s if self.aligned else peak_flops / UNALIGNED_FLOPS_PER_BYTE
         traffic_s = self._bytes_moved / bandwidth
         return self.launches * (launch + _slowed(_overlapped(compute_s, traffic_s, hidden), self.aligned))
+
+    def _in_tiles_s(self, rows: Expr, columns: Expr) -> Expr:
+        """Of a kernel of this library with such tiles: small ones do less with every operand that they take in."""
+        products_s = 2 * rows * columns / (peak_flops * kernel_efficiency)
+        operands_s = dtype_bytes * (rows + columns) / kernel_operand_bytes_per_s
+        return self._waves(rows, columns) * units * self.k * Max(products_s, operands_s)
+
+    def _waves(self, rows: Expr, columns: Expr) -> Expr:
+        return ceil_div(self.batch * ceil_div(self.m, rows) * ceil_div(self.n, columns), units)
 
     @property
     def backward(self) -> tuple[Product, ...]:
@@ -127,7 +139,7 @@ class Fused:
         """As of ``Product``, with several programs on each unit; every row of blocks reads x from a cache."""
         at_once = fused_programs(self.rows) * units
         waves = ceil_div(ceil_div(tokens, FUSED_TOKENS) * nblocks_out, at_once)
-        program = 2 * FUSED_TOKENS * nblocks_in * self.rows * (p + s + kernel_fill)
+        program = 2 * FUSED_TOKENS * nblocks_in * self.rows * (p + s)
         compute_s = waves * at_once * program / (peak_flops * fused_efficiency)
         memory_s = self.bytes_moved / bandwidth_bytes_per_s
         cache_s = dtype_bytes * tokens * nblocks_out * nblocks_in * p / (CACHE_SPEED * bandwidth_bytes_per_s)

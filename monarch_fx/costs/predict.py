@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from monarch_fx.costs import formulas
 from monarch_fx.costs.halves import Halves, Seconds, is_aligned
-from monarch_fx.costs.kernel import TF32_GRADIENTS
+from monarch_fx.costs.kernel import TF32_GRADIENTS, TF32_KERNELS
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
@@ -184,10 +184,10 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
         profile.launch_s,
         profile.overlap,
         profile.fill,
-        profile.kernel_efficiency,
+        profile.kernel_efficiency * (TF32_KERNELS if dtype == "tf32" else 1),
         profile.kernel_launch_s,
         profile.kernel_overlap,
-        profile.kernel_fill,
+        profile.kernel_operand_bytes_per_s,
         profile.fused_efficiency,
         profile.peak_flops.get("float32", profile.peak(dtype)),
     )

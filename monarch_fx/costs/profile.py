@@ -34,7 +34,8 @@ class DeviceProfile:
             and TF32; 0 where they don't run (CPUs). The next four are theirs, too.
         kernel_launch_s: Their ``launch_s``.
         kernel_overlap: Their ``overlap``.
-        kernel_fill: Their ``fill``.
+        kernel_operand_bytes_per_s: Bytes of operands that their tiles take in per second, on all units together: what
+            small tiles wait for.
         fused_efficiency: ``kernel_efficiency`` of the one that runs a whole product; 0 where none does (before Hopper).
 
     Raises:
@@ -54,7 +55,7 @@ class DeviceProfile:
     kernel_efficiency: float = 0.0
     kernel_launch_s: float = 0.0
     kernel_overlap: float = 1.0
-    kernel_fill: float = 0.0
+    kernel_operand_bytes_per_s: float = 0.0
     fused_efficiency: float = 0.0
 
     def __post_init__(self) -> None:
@@ -81,7 +82,7 @@ class DeviceProfile:
             "kernel_efficiency",
             "kernel_launch_s",
             "kernel_overlap",
-            "kernel_fill",
+            "kernel_operand_bytes_per_s",
             "fused_efficiency",
         ):
             self._check(name, getattr(self, name), positive=False)
@@ -90,6 +91,8 @@ class DeviceProfile:
                 raise DeviceProfileError(
                     f"Profile {self.name!r}: {name} must be in [0, 1], got {getattr(self, name)!r}."
                 )
+        if self.kernel_efficiency > 0:
+            self._check("kernel_operand_bytes_per_s", self.kernel_operand_bytes_per_s, positive=True)
 
     def _check(self, name: str, value: Any, *, positive: bool) -> None:
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -11,7 +11,7 @@ _GPU = {
     "kernel_efficiency": 0.78,
     "kernel_launch_s": 1.7e-6,
     "kernel_overlap": 0.47,
-    "kernel_fill": 0.0,
+    "kernel_operand_bytes_per_s": 1.4e13,
 }
 
 SHIPPED = {
@@ -48,8 +48,8 @@ SHIPPED = {
             # a fit to four of the twelve sizes predicts the other eight with 7 % and 18 %
             source=(
                 "fitted to 624 of 2208 products in bfloat16 on an H100 80GB SXM, PyTorch 2.11, CUDA 13.0 (python -m "
-                "benchmarks run layers-gpu): over all of them median error 5 %, 95th percentile 20 %; other dtypes and "
-                "copies from measure_device(), TF32 from five dense products"
+                "benchmarks run layers-gpu): over all of them median error 5 %, 95th percentile 20 %; the rate of "
+                "operands read off all; other dtypes and copies from measure_device(), TF32 from five dense products"
             ),
             peak_flops={"float64": 67e12, "float32": 56e12, "tf32": 470e12, "bfloat16": 907e12, "float16": 877e12},
             bandwidth_bytes_per_s=3.17e12,
