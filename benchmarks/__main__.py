@@ -19,6 +19,7 @@ import benchmarks.gpu_models
 import benchmarks.halves
 import benchmarks.nodes
 import benchmarks.planning
+import benchmarks.predictions
 import benchmarks.quality
 import benchmarks.tf32
 import benchmarks.training

@@ -1,0 +1,36 @@
+"""What today's cost model predicts for the products that ``layers-gpu`` has timed; on any machine."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu import accuracy
+from benchmarks.registry import Table, benchmark
+from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds, resolve
+from monarch_fx.structure import MonarchShape
+
+TIMED = {"layers-gpu": "h100", "layers-gpu-h200": "h200"}  # by the profile of the card
+RESULTS = Path(__file__).parent / "results"
+
+
+@benchmark("predictions")
+def predictions() -> Table:
+    """How well the shipped profiles predict kept times of single products, and choose among them."""
+    table = Table(("result", "profile", "what predictions are worth"))
+    for result, name in TIMED.items():
+        samples = json.loads((RESULTS / f"{result}.json").read_text())["raw"]["samples"]
+        again = [_predicted(resolve(name, "cpu"), sample) for sample in samples]
+        table.rows += [(result, name, line) for line in accuracy(again)]
+    return table
+
+
+def _predicted(profile: DeviceProfile, sample: list[Any]) -> list[Any]:
+    """The sample with the predictions of ``profile`` in place of those of its own run."""
+    _, tokens, in_features, out_features, structure, *_ = sample
+    n_out, n_in, rank = map(int, re.findall(r"\d+", structure))
+    shape = MonarchShape(in_features, out_features, n_out, n_in, rank)
+    dense = dense_seconds(profile, tokens, in_features, out_features, dtype="bfloat16")
+    return [*sample[:8], float(dense), float(monarch_seconds(profile, tokens, shape, dtype="bfloat16"))]
