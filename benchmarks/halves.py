@@ -14,7 +14,7 @@ from benchmarks.gpu import ROUNDING, graph_seconds
 from benchmarks.registry import Table, benchmark
 from benchmarks.unaligned import times
 from monarch_fx.costs import monarch_seconds, resolve
-from monarch_fx.kernels import choice, gpu
+from monarch_fx.kernels import gpu
 from monarch_fx.structure import Monarch, MonarchShape
 
 TOKENS = 16384
@@ -44,6 +44,20 @@ FIRST = (  # in_features, nblocks_out, nblocks_in, rank
     (8192, 4, 4, 512),
     (14336, 2, 2, 512),
     (14336, 4, 4, 384),
+    (2048, 2, 2, 168),
+    (4096, 2, 2, 208),
+    (4096, 2, 2, 304),
+    (4096, 2, 2, 416),
+    (4096, 2, 4, 216),
+    (4096, 2, 8, 152),
+    (8192, 2, 2, 672),
+    (14336, 2, 2, 560),
+    (3072, 3, 3, 112),
+    (3072, 3, 3, 144),
+    (4096, 4, 4, 160),
+    (4096, 4, 4, 168),
+    (8192, 4, 4, 336),
+    (4096, 8, 2, 88),
 )
 SMALL = (  # features, nblocks in both directions, rank
     (768, 2, 64),
@@ -80,7 +94,7 @@ def by_rank() -> Iterator[Table]:
 def first_halves() -> Iterator[Table]:
     """First halves: this library's kernel, and cuBLAS with a batched product for every row of blocks."""
     table = Table(("tokens", "in_features", "grid, rank", "ours us", "cuBLAS us", "ours over cuBLAS"))
-    for tokens in (256, 512, 2048, 4096, TOKENS):
+    for tokens in (256, 512, 1024, 2048, 4096, 8192, TOKENS):
         for in_features, n_out, n_in, rank in FIRST:
             x = torch.randn(tokens, in_features, device="cuda").bfloat16()
             R = torch.randn(n_in, n_out, rank, in_features // n_in, device="cuda").bfloat16()
@@ -138,7 +152,8 @@ def one_kernel() -> Iterator[Table]:
                 check_exact(f"{run.__name__}, {shape}", y[:256], exact, ROUNDING)
             runs = functools.partial(F.linear, x, weight, bias), halves, whole
             seconds = dict(zip(rivals, (graph_seconds([run] * 4) for run in runs), strict=True))
-            taken = rivals[1 + (tokens >= choice.fused_tokens(nblocks, launch.units(x.device)))]
+            least = gpu.one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
+            taken = rivals[1 + (tokens >= least)]
             cells = *(f"{s * 1e6:.1f}" for s in seconds.values()), taken
             table.rows.append((f"{tokens}", f"{features}", str(shape), *cells))
             table.raw[f"{tokens}, {features}, {shape}"] = seconds

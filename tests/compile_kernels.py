@@ -92,12 +92,16 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
                 yield name, compiled(arch, tiles.second, {**sizes, "EVEN": True}, tile.warps, tile.stages)
         if new:
             M, N, K = choice.FUSED_TOKENS, launch.FUSED_N, launch.FUSED_K
-            for held, count in ((16, 3), (64, 3), (choice.FUSED_RANK, choice.FUSED_BLOCKS)):
-                shape = {"N_IN": count, "N_OUT": count, "RANK": held, "STAGES": choice.fused_stages(held)}
-                constants = {"M": M, "N": N, "K": K, "PDL": True, **shape, **epilogue}
-                blocks = {"x_desc": block(M, K), "r_desc": block(1, 1, held, K), "y_desc": block(M, N)}
-                blocks["l_desc"] = block(1, 1, held, N)
-                name = f"fused rank {held} {activation} {gated}"
+            most = choice.FUSED_RANK, choice.FUSED_BLOCKS
+            for (rank, count), rows in (*((size, M) for size in ((16, 3), (64, 3), most, (96, 2))), ((96, 2), 2 * M)):
+                held, rest = choice.fused_ranks(rank)
+                shape = {"N_IN": count, "N_OUT": count, "RANK": held, "REST": rest}
+                shape["STAGES"] = choice.fused_stages(held + rest, rows)
+                constants = {"M": rows, "N": N, "K": K, "PDL": True, **shape, **epilogue}
+                blocks = {"x_desc": block(rows, K), "y_desc": block(rows, N)}
+                blocks |= {"r_desc": block(1, 1, held, K), "r_rest_desc": block(1, 1, rest or held, K)}
+                blocks |= {"l_desc": block(1, 1, held, N), "l_rest_desc": block(1, 1, rest or held, N)}
+                name = f"fused rank {rank} {rows} {activation} {gated}"
                 yield name, compiled(arch, fused.product, constants, 4, 3, **blocks)
 
 

@@ -89,7 +89,7 @@ def with_tile(tile: choice.Tile) -> None:
     launch.first_tile = launch.second_tile = lambda *sizes, **features: tile  # type: ignore[assignment]
     try:
         _forget_launches()
-        product((150, 2, 2, 40, 128, 256 if tile.per_unit else 72))
+        product((150, 2, 2, 136, 128, 264 if tile.per_unit else 72))
     finally:
         launch.first_tile, launch.second_tile = chosen
         _forget_launches()
@@ -166,7 +166,8 @@ def cases() -> Iterator[Callable[[], None]]:
     for activation, (sizes, fused) in itertools.product(ACTIVATIONS, ((FEW, False), (MANY, False), (FUSED, True))):
         yield functools.partial(product, sizes, fused, activation, bias=True)
         yield functools.partial(product, sizes, fused, activation, bias=True, gate=True)
-    for sizes in ((64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192), (100, 3, 3, 16, 64, 64)):
+    whole = (64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192), (100, 3, 3, 16, 64, 64), (100, 1, 2, 90, 64, 64)
+    for sizes in (*whole, (12000, 2, 2, 96, 64, 64)):
         yield functools.partial(product, sizes, True)
     for sizes in ((300, 2, 2, 24, 64, 64), (500, 2, 2, 24, 64, 512), (1000, 2, 4, 130, 192, 320)):
         yield functools.partial(product, sizes)

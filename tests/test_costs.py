@@ -384,7 +384,7 @@ class TestLoweringsOfAGpu:
             options = {"dtype": "bfloat16", "workload": workload}
             ours, theirs = (monarch_seconds(profile, tokens, shape, **options) for profile in (SHIPPED["h100"], slow))
             assert (ours < theirs) == is_fused
-        kernels = formulas.fused(128)
+        kernels = formulas.fused(128, 64)
         assert count(formulas.flops(kernels), shape, tokens=7) == 2 * 7 * shape.params
         assert count(formulas.bytes_moved(kernels), shape, tokens=7, dtype_bytes=2) == 2 * (7 * 2048 + shape.params)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from monarch_fx.kernels import gpu
+from monarch_fx.kernels import choice, gpu
 
 pytest.importorskip("triton")
 emitted = pytest.importorskip("monarch_fx.kernels.emitted")
@@ -119,7 +119,7 @@ def test_unknown_numbers_of_tokens_are_the_operators() -> None:
 
 
 # whether the first half is a kernel: that of a column of blocks is a library's product, that of a row, from 512 tokens
-# on, a batched one
+# on, a batched one; of two rows two, where the rank is large
 @pytest.mark.parametrize(
     ("tokens", "shape", "is_kernel"),
     [
@@ -128,10 +128,14 @@ def test_unknown_numbers_of_tokens_are_the_operators() -> None:
         (70, (3, 1, 16, 24), True),
         (520, (3, 1, 16, 24), False),
         (520, THIRD, True),
+        (520, (3, 2, 272, 24), False),
     ],
 )
 @pytest.mark.parametrize("biased", [False, True])
-def test_halves_of_many_tokens(tokens: int, shape: tuple, is_kernel: bool, biased: bool) -> None:
+def test_halves_of_many_tokens(
+    tokens: int, shape: tuple, is_kernel: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choice, "ROWS_FLOPS", 1e6)
     x, (R,), (L,), (bias,) = operands(tokens, (shape,), (biased,))
     x = torch.cat([x, x])  # from the middle of which the product takes its rows
 
@@ -182,8 +186,9 @@ def test_an_epilogue_of_many_tokens(gated: bool) -> None:
     close(found, exact(compute, x, R, L, bias, gate))
 
 
-def test_unaligned_ranks_and_products_of_one_kernel_are_the_operators() -> None:
+def test_unaligned_ranks_and_products_of_one_kernel_are_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     x, (R, other), (L, another), _ = operands(512, ((2, 3, 20, 24), (1, 1, 64, 64)), (False, False))
+    monkeypatch.setattr(gpu, "one_kernel_tokens", lambda dtype, device, R, L: choice.fused_tokens(*R, L[3], units=2))
 
     def compute(x: Tensor, R: Tensor, L: Tensor, other: Tensor, another: Tensor) -> tuple[Tensor, ...]:
         small = gpu.product(x[:, :64], other[..., :64], another, None, None, "gelu")

@@ -106,12 +106,14 @@ def test_two_halves(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
-def test_every_tile(tile: choice.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where programs walk over several tiles, and a last one is cut off."""
+@pytest.mark.parametrize(("rank", "s"), [(40, 72), (40, 256), (136, 264)])
+def test_every_tile(tile: choice.Tile, rank: int, s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where programs walk over several tiles, and a last one is cut off or shares results with its neighbour."""
+    if tile.per_unit and s < tile.N:
+        pytest.skip("a described tile stays in one block")
     monkeypatch.setattr(launch, "first_tile", lambda *sizes, **features: tile)
     monkeypatch.setattr(launch, "second_tile", lambda *sizes, **features: tile)
-    s = 256 if tile.per_unit else 72  # a described tile stays in one block
-    x, R, L, t, y = operands(150, 2, 2, 40, 128, s)
+    x, R, L, t, y = operands(150, 2, 2, rank, 128, s)
     launch.first_half(x, R, t)
     launch.second_half(t, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
@@ -225,8 +227,21 @@ def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -
     check(x, R, L, y, bias, gate, activation)
 
 
-@pytest.mark.parametrize("shape", [(100, 3, 3, 16, 64, 64), (64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192)])
-def test_one_kernel_for_the_whole_product(shape: tuple[int, ...]) -> None:
+# with a rank of two parts, the second one cut off or not, and more tokens for each program
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (100, 3, 3, 16, 64, 64),
+        (64, 1, 3, 33, 128, 64),
+        (1, 3, 2, 64, 64, 192),
+        (70, 2, 1, 80, 64, 64),
+        (130, 1, 2, 90, 64, 128),
+        (520, 2, 2, 96, 64, 64),
+        (600, 1, 2, 120, 128, 64),
+    ],
+)
+def test_one_kernel_for_the_whole_product(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "units", lambda device: 4)
     x, R, L, _, y = operands(*shape)
     assert launch.whole(x, R, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")

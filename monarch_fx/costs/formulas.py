@@ -131,9 +131,9 @@ def epilogue() -> tuple[Kernel, ...]:
     return (Epilogue(tokens * nblocks_out * s),)
 
 
-def fused(rows: int) -> tuple[Kernel, ...]:
+def fused(rows: int, tokens_each: int) -> tuple[Kernel, ...]:
     """The kernel that runs a whole product; see ``Fused``. For inference alone."""
-    return (Fused(rows),)
+    return (Fused(rows, tokens_each),)
 
 
 def flops(kernels: Iterable[Kernel]) -> Expr:

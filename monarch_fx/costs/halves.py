@@ -90,8 +90,8 @@ class Halves:
             elif of.p % 64:
                 is_large = 2 * self.rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
                 time_s = np.where(is_large, many("strided", ROW), time_s)
-            if choice.is_library_first(choice.ROW_TOKENS, of.nblocks_in, of.nblocks_out, of.p):
-                time_s = np.where(self.rows >= choice.ROW_TOKENS, many("joined", ROW), time_s)
+            by_library = self.rows >= choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p)
+            time_s = np.where(by_library, many("strided", ROW), time_s)
         few = self.seconds(of, "without_copies", "own", "none" if second == "none" else "own")
         return np.where(self.rows <= choice.FEW_TOKENS, few, time_s)
 

@@ -33,7 +33,7 @@ from monarch_fx.costs.symbols import (
     units,
     vector_flops,
 )
-from monarch_fx.kernels.choice import FUSED_TOKENS, fused_programs
+from monarch_fx.kernels.choice import fused_programs
 
 # Of ``tile``, which is 64 on a GPU: those of ``choice`` that stand for all
 OWN_TILES = ((sympy.Rational(1, 4), 1), (1, 1), (2, 1), (2, 2), (2, 4))
@@ -47,7 +47,7 @@ UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster mem
 # Speed in TF32 of what isn't a product of rows along the sums, over that of what is; read off 66 products of tf32-gpu
 TF32_GRADIENTS = 0.6
 TF32_KERNELS = 0.85  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
-CACHE_SPEED = 2  # over that of the memory; with ``fused_efficiency`` read off 42 products of fused-gpu
+CACHE_SPEED = 6  # over that of the memory; with ``fused_efficiency`` read off 50 products of fused-gpu
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 
@@ -121,7 +121,8 @@ class Product:
 class Fused:
     """A whole Monarch product in one kernel of this library; a program has some tokens and a row of blocks."""
 
-    rows: int  # of factors that a program computes with: the rank, rounded up to a power of two
+    rows: int  # of factors that a program computes with, for the rank
+    tokens_each: int  # of a program
 
     @property
     def flops(self) -> Expr:
@@ -136,13 +137,13 @@ class Fused:
 
     @property
     def seconds(self) -> Expr:
-        """As of ``Product``, with several programs on each unit; every row of blocks reads x from a cache."""
-        at_once = fused_programs(self.rows) * units
-        waves = ceil_div(ceil_div(tokens, FUSED_TOKENS) * nblocks_out, at_once)
-        program = 2 * FUSED_TOKENS * nblocks_in * self.rows * (p + s)
-        compute_s = waves * at_once * program / (peak_flops * fused_efficiency)
+        """As of ``Product``, with several programs on each unit; each reads its rows of x and factors from a cache."""
+        at_once, programs = fused_programs(self.rows) * units, ceil_div(tokens, self.tokens_each) * nblocks_out
+        program = 2 * self.tokens_each * nblocks_in * self.rows * (p + s)
+        compute_s = ceil_div(programs, at_once) * at_once * program / (peak_flops * fused_efficiency)
         memory_s = self.bytes_moved / bandwidth_bytes_per_s
-        cache_s = dtype_bytes * tokens * nblocks_out * nblocks_in * p / (CACHE_SPEED * bandwidth_bytes_per_s)
+        read = nblocks_in * (self.tokens_each * p + rank * (p + s))
+        cache_s = dtype_bytes * programs * read / (CACHE_SPEED * bandwidth_bytes_per_s)
         traffic_s = _overlapped(memory_s, cache_s, kernel_overlap)
         return kernel_launch_s + _overlapped(compute_s, traffic_s, kernel_overlap)
 

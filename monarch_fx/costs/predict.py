@@ -120,10 +120,12 @@ def monarch_seconds(
     halves = Halves(seconds, rows, profile.units, dtype == "tf32")
     forward = halves.forward(shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
-    has_fused = profile.fused_efficiency > 0 and dtype != "tf32"
-    if has_fused and choice.is_fusible(n_in, n_out, rank, shape.p, shape.s):
-        held = max(16, 1 << (rank - 1).bit_length())
-        forward = np.where(rows >= choice.fused_tokens(n_out, profile.units), seconds(shape, "fused", held), forward)
+    if profile.fused_efficiency > 0 and dtype != "tf32":
+        held = sum(choice.fused_ranks(rank))
+        small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS) for count in (1, 2))
+        fused = np.where(rows >= choice.fused_large_tokens(n_in, n_out, held, profile.units), large, small)
+        least = choice.fused_tokens(n_in, n_out, rank, shape.p, shape.s, profile.units)
+        forward = np.where(rows >= least, fused, forward)
     if workload == "training":
         kept = halves.training(shape, around.bias)
         # the forward pass is that of inference, and the first half runs a second time

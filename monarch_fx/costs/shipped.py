@@ -57,7 +57,7 @@ SHIPPED = {
             tile=64,
             units=132,
             **_GPU,
-            fused_efficiency=0.92,
+            fused_efficiency=0.9,
         ),
         DeviceProfile(
             name="h200",
@@ -73,7 +73,7 @@ SHIPPED = {
             tile=64,
             units=132,
             **_GPU,
-            fused_efficiency=0.92,
+            fused_efficiency=0.9,
         ),
         DeviceProfile(
             name="rtx4090",

@@ -7,17 +7,24 @@ features at 16 to 16384 tokens.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
 TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
 TERMS = 64  # that kernels for many tokens add up at once: sums between two multiples take as long as the longer one
+ROWS_FLOPS = 2e10  # of two rows of blocks from which it is
+WIDE_WAVE = 7 / 4  # of wide tiles, in waves of square ones
+SHALLOW = 256  # terms of a second half up to which it mostly stores
+SHARED = 5 / 4  # of other second halves, columns that are computed over columns that there are
 STRIDED_FLOPS = 8e9  # in one call of the first half; above, cuBLAS is faster than tiles without tensor descriptors
 FUSED_TOKENS = 64  # of a program of the kernel that runs whole products
 FUSED_FEATURES = 1024
 FUSED_RANK = 128
-FUSED_LOW = 64  # ranks up to which fewer tiles on their way let one more program run
+FUSED_WHOLE = 64
+FUSED_LOW = 80  # ranks up to which fewer tiles on their way let one more program run
+FUSED_HELD = 192  # numbers of the intermediate that a token may have where a program has twice the tokens
 FUSED_BLOCKS = 3
 
 
@@ -90,11 +97,17 @@ def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: b
         return PLAIN_NARROW
     if not described:
         return PLAIN_LARGE if tiles(PLAIN_LARGE) >= 1 else PLAIN
-    if tiles(WIDE) >= 2 and 2 * tiles(WIDE) <= 1.1 * tiles(PAIRED):
+    if tiles(WIDE) > 1 and _are_fewer_waves(tiles(WIDE), tiles(SQUARE)):
         return WIDE
     if tiles(SQUARE) >= 0.5:
-        return SQUARE if tiles(SQUARE) <= 1 else PAIRED
+        is_odd = math.ceil(tiles(SQUARE)) % 2  # of a pair one would be alone in the last wave, and slow
+        return SQUARE if is_odd else PAIRED
     return NARROW if tiles(NARROW) >= 0.5 else SMALL
+
+
+def _are_fewer_waves(wide: float, square: float) -> bool:
+    """Whether so many wide tiles of each unit take less time than so many square ones."""
+    return WIDE_WAVE * math.ceil(wide) <= math.ceil(square)
 
 
 def tf32_tokens(width: int, blocks: int, units: int) -> int:
@@ -129,24 +142,39 @@ def second_tile(
         return SKINNY_WIDEST if tiles(SKINNY_WIDEST) >= 1.5 else SKINNY_SHORT
     if tokens <= FEW_TOKENS or (tokens <= 256 and tiles(PLAIN) < 1):
         return PLAIN if tiles(PLAIN) >= 0.75 else PLAIN_NARROW
-    if not described or s % NARROW.N:
+
+    def fits(tile: Tile) -> bool:
+        """Whether the last tile of each block has enough results of its own."""
+        return -(-s // tile.N) * tile.N <= (1 if depth <= SHALLOW else SHARED) * s
+
+    if not described or s < NARROW.N:
         return PLAIN_LARGE if tiles(PLAIN_LARGE) >= 1 else PLAIN
     if gated:  # the gate's tile takes the place of operands
         if s % SQUARE.N or tiles(SQUARE) < 1:
             return NARROW
-        return GATED if depth <= 256 else SQUARE
-    if activated and depth <= 256:  # mostly epilogue: two programs in turn compute and store
+        return GATED if depth <= SHALLOW else SQUARE
+    if activated and depth <= SHALLOW:  # mostly epilogue: two programs in turn compute and store
         return NARROW
-    if tiles(WIDE) >= 1 and s % WIDE.N == 0:
+    if fits(WIDE) and _are_fewer_waves(tiles(WIDE), tiles(SQUARE)):
         return WIDE
-    if tiles(SQUARE) >= 1 and s % SQUARE.N == 0:
+    if fits(SQUARE) and tiles(SQUARE) >= 1:
         return SQUARE
     return NARROW if tiles(NARROW) >= 0.4 else SMALL
 
 
-def is_library_first(tokens: int, n_in: int, n_out: int, p: int) -> bool:
-    """Whether a library runs the first half: with one column of blocks, or one row, there is nothing to transpose."""
-    return tokens > FEW_TOKENS if n_in == 1 else n_out == 1 and tokens >= ROW_TOKENS and p % 8 == 0
+def library_tokens(n_in: int, n_out: int, rank: int, p: int) -> float:
+    """From how many tokens a library runs the first half; infinity: never.
+
+    With one column of blocks, or one row, there is nothing to transpose. Two rows are a call each: that pays where
+    products are large, and only a part of the last tile of columns is left.
+    """
+    if n_in == 1:
+        return FEW_TOKENS + 1
+    if p % 8:
+        return math.inf
+    if n_out == 2 and rank >= WIDE.N and n_out * rank % WIDE.N:
+        return max(ROW_TOKENS, math.ceil(ROWS_FLOPS / (2 * n_in * p * n_out * rank)))
+    return ROW_TOKENS if n_out == 1 else math.inf
 
 
 def are_summed_apart(blocks: int, m: int, n: int) -> bool:
@@ -157,21 +185,52 @@ def are_summed_apart(blocks: int, m: int, n: int) -> bool:
     return blocks * -(-m // 128) * -(-n // 128) < 32
 
 
-def is_fusible(n_in: int, n_out: int, rank: int, p: int, s: int) -> bool:
-    """Whether one kernel can run the whole product well, its intermediate in registers, if it has enough tokens."""
+def fused_tokens(n_in: int, n_out: int, rank: int, p: int, s: int, units: int) -> float:
+    """From how many tokens one kernel, its intermediate in registers, beats two halves; infinity: never.
+
+    A program has one row of blocks, and there is one for every unit then. A single row is so long that it takes three.
+    """
     small = n_in * p <= FUSED_FEATURES and n_out * s <= FUSED_FEATURES
     few = n_in <= FUSED_BLOCKS and n_out <= FUSED_BLOCKS
-    return small and few and rank <= FUSED_RANK and p % 64 == 0 and s % 64 == 0
+    if not (small and few and rank <= FUSED_RANK and p % 64 == 0 and s % 64 == 0):
+        return math.inf
+    return _tokens_of(FUSED_TOKENS, units if n_out > 1 else 3 * units, n_out)
 
 
-def fused_tokens(n_out: int, units: int) -> int:
-    """From how many tokens that kernel beats two halves: a program, which has one row of blocks, for every unit."""
-    return FUSED_TOKENS * (-(-units // n_out) - 1) + 1
+def fused_large_tokens(n_in: int, n_out: int, held: int, units: int) -> float:
+    """From how many tokens a program has twice as many: units are busy all the same, and registers suffice; or never.
+
+    With few ``held`` rows of factors more programs on each unit are faster.
+    """
+    if held <= FUSED_LOW or n_in * held > FUSED_HELD:
+        return math.inf
+    return _tokens_of(2 * FUSED_TOKENS, -(-7 * units // 5), n_out)
 
 
-def fused_stages(held: int) -> int:
-    """Tiles of operands on their way in that kernel, where it computes with ``held`` rows of a factor at once."""
-    return 3 if held <= FUSED_LOW else 4
+def _tokens_of(rows: int, programs: int, n_out: int) -> int:
+    """The fewest tokens that are as many programs, of which each has one of ``n_out`` rows of blocks."""
+    return rows * (-(-programs // n_out) - 1) + 1
+
+
+def fused_ranks(rank: int) -> tuple[int, int]:
+    """Powers of two, the second one may be 0, as whose sum that kernel computes the rank.
+
+    Parts of ranks below ``FUSED_WHOLE`` would be too small for tensor cores.
+    """
+    rest = max(16, _power_of_two(rank - FUSED_WHOLE))
+    if rank > FUSED_WHOLE and FUSED_WHOLE + rest < _power_of_two(rank):
+        return FUSED_WHOLE, rest
+    return max(16, _power_of_two(rank)), 0
+
+
+def _power_of_two(count: int) -> int:
+    """The next one."""
+    return 1 << max(0, count - 1).bit_length()
+
+
+def fused_stages(held: int, rows: int) -> int:
+    """Tiles of operands on their way, where a program computes with ``held`` rows of a factor for ``rows`` tokens."""
+    return 4 if held > FUSED_LOW and rows == FUSED_TOKENS else 3
 
 
 def fused_programs(held: int) -> int:

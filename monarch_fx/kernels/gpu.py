@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +30,7 @@ from monarch_fx.kernels.choice import (
     TOGETHER,
     are_summed_apart,
     fused_tokens,
-    is_fusible,
-    is_library_first,
+    library_tokens,
 )
 
 HALF = (torch.bfloat16, torch.float16)
@@ -131,9 +131,11 @@ def _is_open(x: Tensor, R: Tensor, L: Tensor) -> bool:
 
     So is low rank without an epilogue, where tokens are known to be many.
     """
-    n_in, n_out, rank, p = R.shape
-    is_open = n_in == n_out == 1 and padding.is_aligned(rank) and _are_many(x)
-    return is_open and not (x.dtype in HALF and is_fusible(n_in, n_out, rank, p, L.shape[3]))
+    n_in, n_out, rank, _ = R.shape
+    if not (n_in == n_out == 1 and padding.is_aligned(rank) and _are_many(x)):
+        return False
+    least = one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
+    return math.isinf(least) or not statically_known_true(x.shape[0] >= least)
 
 
 def _are_many(rows: Tensor) -> bool:
@@ -187,12 +189,9 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     bias, gate = None if bias is None else bias.contiguous(), None if gate is None else _rows(gate)
     if tokens <= FEW_TOKENS and _ran("both halves", "few", x, R, L, y, bias, gate, activation):
         return y
-    n_in, n_out, rank, p = R.shape
-    launch: Any = _triton() if x.is_cuda and x.dtype in HALF else None
-    fused = launch is not None and is_fusible(n_in, n_out, rank, p, L.shape[3])
-    fused = fused and tokens >= fused_tokens(n_out, launch.units(x.device))
-    if not (fused and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
-        if not padding.is_aligned(rank) and tokens >= padding.PADDED_TOKENS:
+    is_one = tokens >= one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
+    if not (is_one and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
+        if not padding.is_aligned(R.shape[2]) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)
         second_half(first_half(x, R), L, y, bias, gate, activation)
     return y
@@ -240,17 +239,23 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
 
 def first_half(x: Tensor, R: Tensor) -> Tensor:
     """The intermediate (n_out, tokens, n_in * rank)."""
-    n_in, n_out = R.shape[:2]
+    n_in, n_out, rank, p = R.shape
     tokens, t = len(x), _intermediate(x, R)
-    by_library = is_library_first(tokens, n_in, n_out, R.shape[3])
+    by_library = tokens >= library_tokens(n_in, n_out, rank, p)
     if tokens == 0 or (not by_library and _ran("the first half", "first_half", x, R, t)):
         return t
     if n_in == 1:
         torch.mm(x, R.flatten(0, 2).mT, out=t.transpose(0, 1).flatten(1))
         return t
-    for j in range(n_out):
-        torch.bmm(_blocks(x, n_in), R[:, j].mT, out=_blocks(t[j], n_in))
+    first_half_by_rows(x, R, out=t)
     return t
+
+
+def first_half_by_rows(x: Tensor, R: Tensor, *, out: Tensor) -> None:
+    """Into ``out`` (n_out, tokens, n_in * rank), one call of a library for each row of blocks."""
+    blocks = _blocks(x, len(R))
+    for row, factors in zip(out, R.unbind(1), strict=True):
+        torch.bmm(blocks, factors.mT, out=_blocks(row, len(R)))
 
 
 def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
@@ -267,6 +272,13 @@ def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tens
             y += bias
     if gate is not None or activation != "none":
         y.copy_(reference.activated(y, gate, activation))
+
+
+def one_kernel_tokens(dtype: torch.dtype, device: torch.device, R: Sequence[int], L: Sequence[int]) -> float:
+    """From how many tokens one kernel runs the whole product with factors of these sizes; infinity: never."""
+    launch = _triton() if device.type == "cuda" and dtype in HALF else None
+    n_in, n_out, rank, p = R
+    return math.inf if launch is None else fused_tokens(n_in, n_out, rank, p, L[3], launch.units(device))
 
 
 def is_second_kernel(dtype: torch.dtype, n_out: int, has_bias: bool, activation: str, has_gate: bool) -> bool:

@@ -25,6 +25,8 @@ from monarch_fx.kernels.choice import (
     TOGETHER,
     Tile,
     first_tile,
+    fused_large_tokens,
+    fused_ranks,
     fused_stages,
     second_tile,
     tf32_tokens,
@@ -141,7 +143,7 @@ def whole(
     """x (tokens, n_in * p) with both factors into y (tokens, n_out * s), by one kernel."""
     extra, kinds = _epilogue(y, bias, gate, activation)
     strides = x.stride(0), y.stride(0), extra[1].stride(0)
-    return _launched(whole_launch, (x, R, L, y, *extra), x.shape[0], R.shape, L.shape[3], strides, kinds)
+    return _launched(whole_launch, (x, R, R, L, L, y, *extra), x.shape[0], R.shape, L.shape[3], strides, kinds)
 
 
 def few(x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> bool:
@@ -339,16 +341,20 @@ def whole_launch(
     described = aligned and _describable(dtype, device, stride_x, p, s, stride_y)
     if not described or p % FUSED_K or s % FUSED_N:
         return None
-    held = max(16, triton.next_power_of_2(rank))
+    held = fused_ranks(rank)
+    is_large = tokens >= fused_large_tokens(n_in, n_out, sum(held), units(device))
+    rows = 2 * FUSED_TOKENS if is_large else FUSED_TOKENS
+    R = [n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1]
+    L = [n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1]
     layouts = {
-        0: ([tokens, n_in * p], [stride_x, 1], [FUSED_TOKENS, FUSED_K]),
-        1: ([n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1], [1, 1, held, FUSED_K]),
-        2: ([n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1], [1, 1, held, FUSED_N]),
-        3: ([tokens, n_out * s], [stride_y, 1], [FUSED_TOKENS, FUSED_N]),
+        0: ([tokens, n_in * p], [stride_x, 1], [rows, FUSED_K]),
+        **{1 + i: (*R, [1, 1, part or held[0], FUSED_K]) for i, part in enumerate(held)},
+        **{3 + i: (*L, [1, 1, part or held[0], FUSED_N]) for i, part in enumerate(held)},
+        5: ([tokens, n_out * s], [stride_y, 1], [rows, FUSED_N]),
     }
-    options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held, **_early(device), **_constants(kinds)}
-    options |= {"M": FUSED_TOKENS, "N": FUSED_N, "K": FUSED_K, "STAGES": fused_stages(held), "num_warps": 4}
-    grid = n_out, triton.cdiv(tokens, FUSED_TOKENS)
+    options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held[0], "REST": held[1], **_early(device), **_constants(kinds)}
+    options |= {"M": rows, "N": FUSED_N, "K": FUSED_K, "STAGES": fused_stages(sum(held), rows), "num_warps": 4}
+    grid = n_out, triton.cdiv(tokens, rows)
     return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
 
 

@@ -16,13 +16,14 @@ from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
 from monarch_fx.kernels import emitted, gpu, padding
-from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, is_fusible, is_library_first
+from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, library_tokens
 
 EMITTED: dict[str, Callable[..., None]] = {
     "monarch_few_tokens": emitted.few_tokens,
     "monarch_half": emitted.half_of_many_tokens,
+    "monarch_rows": gpu.first_half_by_rows,
 }
-FEW_CALL, HALF_CALL = EMITTED
+FEW_CALL, HALF_CALL, ROWS_CALL = EMITTED
 
 aten = torch.ops.aten
 
@@ -43,18 +44,17 @@ def register() -> None:
 
 def _product(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Any:
     found = _few(False, x, [R], [L], [bias], gate, activation)
-    if found is None and not _is_fusible(x, R, L):
+    if found is None and not _is_one_kernel(x, R, L):
         found = _halves(x, R, L, bias, gate, activation)
     return _operator(gpu.product)(x, R, L, bias, gate, activation) if found is None else found[0]
 
 
-def _is_fusible(x: Any, R: Any, L: Any) -> bool:
-    """Whether the operator has one kernel for the whole product; it decides from how many tokens on."""
-    sizes = _sizes((R, L))
-    if sizes is None or x.get_dtype() not in gpu.HALF:
+def _is_one_kernel(x: Any, R: Any, L: Any) -> bool:
+    sizes = _sizes((x, R, L))
+    if sizes is None:
         return False
-    (n_in, n_out, rank, p), (*_, s) = sizes
-    return is_fusible(n_in, n_out, rank, p, s)
+    (tokens, _), *factors = sizes
+    return tokens >= gpu.one_kernel_tokens(x.get_dtype(), x.get_device(), *factors)
 
 
 def _together(x: Any, R: list[Any], L: list[Any], biases: list[Any], gated: str | None) -> Any:
@@ -129,7 +129,7 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
     strides = (tokens * depth, depth, 1) if n_in > 1 else (rank, n_out * rank, 1)
     x, R, L, *extra = (_contiguous(operand) for operand in (x, R, L, *extra))
     first = emitted.Half(True, tokens, (n_in, n_out, rank, p), strides, (False, "none", False), *about)
-    if not is_library_first(tokens, n_in, n_out, p):
+    if tokens < library_tokens(n_in, n_out, rank, p):
         if emitted.prepared_half(repr(tuple(first))) is None:
             return None
         t = _call(HALF_CALL, [x, R], [n_out, tokens, depth], strides, half=repr(tuple(first)))
@@ -137,9 +137,7 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
         columns = _call("mm", [x, _turned(R, n_out * rank, p)], [tokens, n_out * rank], [n_out * rank, 1])
         t = _strided(columns, [n_out, tokens, rank], strides)
     else:
-        blocks = _realized(lowerings[aten.permute.default](_reshaped(x, tokens, n_in, p), [1, 0, 2]))
-        parts = _call("bmm", [blocks, _turned(R, n_in, rank, p)], [n_in, tokens, rank], [rank, depth, 1])
-        t = _strided(parts, [1, tokens, depth], strides)
+        t = _call(ROWS_CALL, [x, R], [n_out, tokens, depth], strides)
     size, rows = [tokens, n_out * s], n_out * s
     if is_kernel:
         second = emitted.Half(False, tokens, (n_out, n_in, rank, s), strides, kinds, *about)

@@ -27,6 +27,15 @@ def place(tile, tiles_m, tiles_n):
 
 
 @triton.jit
+def begin(number, size, end):
+    """Where the ``number``-th tile begins: the last one ends with the operand, and shares results with its neighbour.
+
+    What lies beyond an operand's end takes the copy engine longer than what is there.
+    """
+    return tl.minimum(number * size, tl.maximum(end - size, 0))
+
+
+@triton.jit
 def first(
     x_desc, r_desc, t_ptr,
     tokens, p, width, rank, stride_t, stride_j,
@@ -40,16 +49,20 @@ def first(
     tiles_n = tl.cdiv(width, N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * N_IN, UNITS, flatten=True):
         k, row, column = place(tile, tiles_m, tiles_n)
+        own = column * N  # before it are columns of the tile before
+        row, column = begin(row, M, tokens), begin(column, N, width)
         acc = tl.zeros((M, N), tl.float32)
         for c in range(0, p, K):
-            a = x_desc.load([row * M, k * p + c])
-            b = r_desc.load([k, column * N, c]).reshape(N, K)
+            a = x_desc.load([row, k * p + c])
+            b = r_desc.load([k, column, c]).reshape(N, K)
             acc = tl.dot(a, b.T, acc)
-        n = column * N + tl.arange(0, N)  # over j and i
-        m = row * M + tl.arange(0, M)
+        n = column + tl.arange(0, N)  # over j and i
+        m = row + tl.arange(0, M)
         to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j
         to += m[:, None].to(tl.int64) * stride_t + (k * rank + n % rank)[None, :]
-        tl.store(to, acc.to(t_ptr.dtype.element_ty), mask=(m[:, None] < tokens) & (n[None, :] < width))
+        tl.store(
+            to, acc.to(t_ptr.dtype.element_ty), mask=(m[:, None] < tokens) & (own <= n[None, :]) & (n[None, :] < width)
+        )
 
 
 @triton.jit
@@ -59,20 +72,21 @@ def second(
     N_OUT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
     BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """y[token, j * s + n] = sum_d t[j, token, d] L[j, d, n]; s is a multiple of N."""
+    """y[token, j * s + n] = sum_d t[j, token, d] L[j, d, n]; s is N or more."""
     if PDL:
         gdc_wait()
     tiles_m = tl.cdiv(tokens, M)
     tiles_n = tl.cdiv(s, N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * N_OUT, UNITS, flatten=True):
         j, row, column = place(tile, tiles_m, tiles_n)
+        row, column = begin(row, M, tokens), begin(column, N, s)
         acc = tl.zeros((M, N), tl.float32)
         for d in range(0, depth, K):
-            a = t_desc.load([j, row * M, d]).reshape(M, K)
-            b = l_desc.load([j, d, column * N]).reshape(K, N)
+            a = t_desc.load([j, row, d]).reshape(M, K)
+            b = l_desc.load([j, d, column]).reshape(K, N)
             acc = tl.dot(a, b, acc)
-        n = j * s + column * N + tl.arange(0, N)
-        m = (row * M + tl.arange(0, M))[:, None]
+        n = j * s + column + tl.arange(0, N)
+        m = (row + tl.arange(0, M))[:, None]
         gate = gate_ptr + m.to(tl.int64) * stride_gate + n[None, :]
         acc = finished(acc, bias_ptr + n, gate, m < tokens, BIAS, ACT, GATED, FAST)
-        y_desc.store([row * M, j * s + column * N], acc.to(y_desc.dtype))
+        y_desc.store([row, j * s + column], acc.to(y_desc.dtype))
