@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from monarch_fx import monarch_bmm
@@ -193,6 +194,20 @@ def test_gradients_added_up_in_parts(dtype: torch.dtype, monkeypatch: pytest.Mon
     torch.testing.assert_close(monarch_bmm(*arguments), plain)
     assert torch.autograd.gradcheck(monarch_bmm, arguments, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(monarch_bmm, arguments)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 3)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradients_of_factors_are_not_copied_into_wholes(grid: tuple[int, int], with_bias: bool) -> None:
+    """As those of an index are, where the plain products of one row of blocks take parts of the factors."""
+    arguments = [t.requires_grad_() for t in (torch.randn(7, 12), *factors(*grid, 2, 12 // grid[1], 5, torch.float32))]
+    y = monarch_bmm(*arguments, torch.randn(5) if with_bias else None)
+    upstream = torch.randn_like(y)
+    with profile(activities=[ProfilerActivity.CPU]) as backward:
+        torch.autograd.grad(y, arguments, upstream)
+    ran = {event.key for event in backward.key_averages()}
+    assert "aten::mm" in ran
+    assert not ran & {"aten::select_backward", "aten::slice_backward"}
 
 
 @pytest.mark.parametrize("batch", [(), (2,)], ids=["plain", "batched"])

@@ -35,7 +35,7 @@ def monarch_bmm(
     lead = x.shape[:-1]
     x = padded(x, n_in * p)
     if n_in == n_out == 1:  # low rank
-        return _linear(F.linear(x, R[0, 0]), L[0, 0].mT, bias, out_features)
+        return _linear(F.linear(x, R.flatten(0, 2)), L.flatten(0, 2).mT, bias, out_features)
     x = x.reshape(-1, n_in, p).transpose(0, 1)  # (n_in, tokens, p)
     t = blockwise(x, R.flatten(1, 2).mT)  # (n_in, tokens, n_out * rank)
     t = t.unflatten(2, (n_out, rank)).permute(1, 2, 0, 3).flatten(2)  # (tokens, n_out, n_in * rank)
@@ -84,7 +84,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int | 
     """A last stage that is one plain product takes the bias into it."""
     if bias is None or bias.dim() != 1:
         return finished(F.linear(x, weight), bias, out_features)
-    return F.linear(x, weight[:out_features], bias)
+    if out_features is not None and out_features < len(weight):
+        weight = weight[:out_features]  # not always: the gradient of a part is copied into a whole
+    return F.linear(x, weight, bias)
 
 
 def finished(y: Tensor, bias: Tensor | None, out_features: int | None) -> Tensor:
