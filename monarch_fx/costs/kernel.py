@@ -47,7 +47,7 @@ UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster mem
 # Speed in TF32 of what isn't a product of rows along the sums, over that of what is; read off 66 products of tf32-gpu
 TF32_GRADIENTS = 0.6
 TF32_KERNELS = 0.85  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
-CACHE_SPEED = 6  # over that of the memory; with ``fused_efficiency`` read off 50 products of fused-gpu
+CACHE_SPEED = 6  # over that of the memory; with ``fused_efficiency`` read off 52 times of fused-gpu and tiles-h100
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 
