@@ -16,7 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from monarch_fx.kernels import choice, fused, launch, persistent, tiles, together
+from monarch_fx.kernels import choice, fused, launch, padding, persistent, tiles, together
 from monarch_fx.kernels.choice import Tile
 
 UNITS = 132
@@ -24,6 +24,7 @@ FEW_TOKENS = (1, 16, 17, 64)
 TOKENS = (*FEW_TOKENS, 100, 256, 1000, 4096, 16384)
 COLUMNS = (48, 64, 96, 128, 192, 256, 1024, 4096)
 BLOCKS = (1, 2, 4, 8)
+PARTS = {"width", "rank", "stride_t", "stride_j"}  # given in parts of ROW, of which nothing is known
 EPILOGUES = (("none", False), ("gelu", False), ("silu", True))
 
 
@@ -52,7 +53,8 @@ def compiled(
     for name in kernel.arg_names:
         kinds[name] = "constexpr" if name in constants else f"*{number}" if name.endswith("_ptr") else "i32"
     kinds |= descriptors
-    numbers = [i for i, name in enumerate(kernel.arg_names) if name not in constants and name not in descriptors]
+    others = {*constants, *descriptors, *(PARTS if "ROW" in constants else ())}
+    numbers = [i for i, name in enumerate(kernel.arg_names) if name not in others]
     source = ASTSource(
         fn=kernel,
         signature=kinds,
@@ -60,7 +62,9 @@ def compiled(
         attrs={(i,): [["tt.divisibility", 16]] for i in numbers},
     )
     options = {"num_warps": warps, "num_stages": stages}
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
+    found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert "ROW" not in constants or "st.global.b" not in found.asm["ptx"], f"{kernel} stores number by number"
+    return found.metadata.shared
 
 
 def block(*sizes: int, number: str = "bf16") -> str:
@@ -72,7 +76,7 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
     for tile in first_tiles(described=False) | (first_tiles(described=True) if new else set()):
         sizes = {"M": tile.M, "N": tile.N, "K": tile.K, "PDL": new}
         if tile.per_unit:
-            constants = {**sizes, "N_IN": 2, "UNITS": UNITS}
+            constants = {**sizes, "N_IN": 2, "UNITS": UNITS, "ROW": padding.ROW}
             blocks = {"x_desc": block(tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
             yield f"first {tile}", compiled(arch, persistent.first, constants, tile.warps, tile.stages, **blocks)
         else:
@@ -120,7 +124,7 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
         yield f"second {tile} TF32", compiled(arch, tiles.second, constants, tile.warps, tile.stages, "fp32")
     if arch >= 90:
         tile = choice.TF32
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "N_IN": 2, "UNITS": UNITS, **pdl}
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "N_IN": 2, "UNITS": UNITS, "ROW": padding.ROW, **pdl}
         blocks = {
             "x_desc": block(tile.M, tile.K, number="fp32"),
             "r_desc": block(1, tile.N, tile.K, number="fp32"),

@@ -31,6 +31,7 @@ from monarch_fx.kernels.choice import (
     second_tile,
     tf32_tokens,
 )
+from monarch_fx.kernels.padding import ROW
 
 INTERPRETED = triton.knobs.runtime.interpret
 FUSED_N, FUSED_K = 64, 64
@@ -273,7 +274,6 @@ def first_launch(
     else:
         tile = first_tile(tokens, width, n_in, units(device), described=described and are_many)
         tile = tile.holding(dtype.itemsize)
-    numbers = tokens, p, width, rank
     strides = strides_t[1], strides_t[0]
     options = _options(tile, device)
     if tile.per_unit:
@@ -282,12 +282,14 @@ def first_launch(
             0: ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
             1: ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
         }
-        options |= {"N_IN": n_in, "UNITS": most}
+        row = ROW if all(size % ROW == 0 for size in (rank, *strides)) else 1
+        options |= {"N_IN": n_in, "UNITS": most, "ROW": row}
         walkers = min(tile.count(tokens, width, n_in), most)
-        return Launch(persistent.first, (walkers,), layouts, (*numbers, *strides), options, aligned)
+        rows = (size // row for size in (width, rank, *strides))
+        return Launch(persistent.first, (walkers,), layouts, (tokens, p, *rows), options, aligned)
     grid = triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M)
     options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
-    return Launch(tiles.first, grid, {}, (*numbers, stride_x, *strides), options, aligned)
+    return Launch(tiles.first, grid, {}, (tokens, p, width, rank, stride_x, *strides), options, aligned)
 
 
 @functools.lru_cache(REMEMBERED)

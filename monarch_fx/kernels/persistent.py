@@ -39,12 +39,17 @@ def begin(number, size, end):
 def first(
     x_desc, r_desc, t_ptr,
     tokens, p, width, rank, stride_t, stride_j,
-    N_IN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, UNITS: tl.constexpr, PDL: tl.constexpr,
+    N_IN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROW: tl.constexpr, UNITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c]; p is a multiple of K."""
+    """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c]; p is a multiple of K.
+
+    ``width``, ``rank`` and strides are given in parts of ``ROW``: of a number Triton knows at most that 16 divides it.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    width, rank = width * ROW, rank * ROW
     tiles_m = tl.cdiv(tokens, M)
     tiles_n = tl.cdiv(width, N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * N_IN, UNITS, flatten=True):
@@ -58,8 +63,8 @@ def first(
             acc = tl.dot(a, b.T, acc)
         n = column + tl.arange(0, N)  # over j and i
         m = row + tl.arange(0, M)
-        to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j
-        to += m[:, None].to(tl.int64) * stride_t + (k * rank + n % rank)[None, :]
+        to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j * ROW
+        to += m[:, None].to(tl.int64) * stride_t * ROW + (k * rank + n % rank)[None, :]
         tl.store(
             to, acc.to(t_ptr.dtype.element_ty), mask=(m[:, None] < tokens) & (own <= n[None, :]) & (n[None, :] < width)
         )
