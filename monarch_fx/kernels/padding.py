@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ROW = 8  # numbers of 16 bytes, which a library's kernels load at once
-OWN_ROW = 16  # for those of this library: Triton knows of a size that it is a multiple of 16, not of 8
+OWN_ROW = 16  # for those of this library: ranks that only 8 divides weren't timed since first halves store them wide
 HALF_ROW = 4  # with which products are fast enough as they are, where padding takes copies of activations
 PADDED_TOKENS = 512  # from which copies of factors cost less than they save
 
