@@ -121,7 +121,7 @@ def monarch_seconds(
     forward = halves.forward(shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     if profile.fused_efficiency > 0 and dtype != "tf32":
-        held = sum(choice.fused_ranks(rank))
+        held = max(choice.FUSED_WHOLE, sum(choice.fused_ranks(rank)))  # fewer take as long
         small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS) for count in (1, 2))
         fused = np.where(rows >= choice.fused_large_tokens(n_in, n_out, held, profile.units), large, small)
         least = choice.fused_tokens(n_in, n_out, rank, shape.p, shape.s, profile.units)
