@@ -388,6 +388,14 @@ class TestLoweringsOfAGpu:
         assert count(formulas.flops(kernels), shape, tokens=7) == 2 * 7 * shape.params
         assert count(formulas.bytes_moved(kernels), shape, tokens=7, dtype_bytes=2) == 2 * (7 * 2048 + shape.params)
 
+    def test_few_activations_come_from_a_cache_and_weights_do_not(self) -> None:
+        memory = dataclasses.replace(PROFILE, launch_s=0.0, peak_flops={"float32": 1e30}, bandwidth_bytes_per_s=1.0)
+        cached = dataclasses.replace(memory, cache_bytes=4 * 10 * (30 + 50))  # ten rows of float32, read and written
+        for tokens, share in ((10, kernel.CACHED), (11, 1.0)):
+            expected = 4 * (share * tokens * (30 + 50) + 30 * 50)
+            assert float(dense_seconds(cached, tokens, 30, 50)) == pytest.approx(expected)
+            assert float(dense_seconds(memory, tokens, 30, 50)) == pytest.approx(4 * (tokens * (30 + 50) + 30 * 50))
+
     @pytest.mark.parametrize("grid", [(2, 2), (4, 1)])
     def test_an_array_of_tokens_gives_each_its_own_lowering(self, grid: tuple[int, int]) -> None:
         shape = MonarchShape(4096, 4096, *grid, 256)
@@ -670,6 +678,7 @@ class TestMeasure:
             relative_peaks={d: peak / true.peak(dtype) for d, peak in true.peak_flops.items()},
             tile=true.tile,
             units=true.units,
+            cache_bytes=true.cache_bytes,
         )
         again = np.array([fit.predicted(made, case, dtype) for case in cases])
         np.testing.assert_allclose(again, times, rtol=0.01)
@@ -688,4 +697,5 @@ class TestMeasure:
                 relative_peaks={"float32": 1.0},
                 tile=1,
                 units=1,
+                cache_bytes=0.0,
             )

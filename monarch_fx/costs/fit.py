@@ -27,6 +27,7 @@ def fit_profile(
     relative_peaks: Mapping[str, float],
     tile: int,
     units: int,
+    cache_bytes: float,
 ) -> DeviceProfile:
     """The profile whose predictions are closest to ``times`` (seconds), as least squares of their logarithms.
 
@@ -38,6 +39,7 @@ def fit_profile(
         relative_peaks: FLOP/s in every dtype over those in ``dtype``.
         tile: See ``DeviceProfile``; given, not fitted.
         units: Likewise.
+        cache_bytes: Likewise.
 
     Raises:
         DeviceProfileError: No profile fits.
@@ -68,6 +70,7 @@ def fit_profile(
             copy_bytes_per_s=found.pop("copy"),
             tile=tile,
             units=units,
+            cache_bytes=cache_bytes,
             **found,
         )
 

@@ -8,8 +8,10 @@ import sympy
 from sympy import Expr, Max, Min, floor
 
 from monarch_fx.costs.symbols import (
+    at_least_one,
     bandwidth_bytes_per_s,
     batch,
+    cache_bytes,
     ceil_div,
     copy_bytes_per_s,
     dtype_bytes,
@@ -46,7 +48,8 @@ UNALIGNED = 3
 UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster memory was no faster than an H100
 # Speed in TF32 of what isn't a product of rows along the sums, over that of what is; read off 66 products of tf32-gpu
 TF32_GRADIENTS = 0.6
-TF32_KERNELS = 0.85  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
+TF32_KERNELS = 0.82  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
+CACHED = 0.65  # of the memory's time for activations that a cache hands on; tried on layers-gpu with 0.35, 0.5 and 0.8
 CACHE_SPEED = 6  # over that of the memory; with ``fused_efficiency`` read off 52 times of fused-gpu and tiles-h100
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
@@ -75,11 +78,15 @@ class Product:
     @property
     def bytes_moved(self) -> Expr:
         """Both operands read once, the result written once."""
-        return self.launches * self._bytes_moved
+        return self.launches * (self._activation_bytes + self._weight_bytes)
 
     @property
-    def _bytes_moved(self) -> Expr:
-        return dtype_bytes * self.batch * (self.m * self.k + self.k * self.n + self.m * self.n)
+    def _activation_bytes(self) -> Expr:
+        return dtype_bytes * self.batch * self.m * (self.k + self.n)
+
+    @property
+    def _weight_bytes(self) -> Expr:
+        return dtype_bytes * self.batch * self.k * self.n
 
     @property
     def seconds(self) -> Expr:
@@ -87,15 +94,19 @@ class Product:
 
         ``units`` tiles of ``tile x tile`` results are computed at once, so the device is idle in the last, partly
         filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. This library's own kernels have
-        constants of their own, and take the fastest of several tiles.
+        constants of their own, and take the fastest of several tiles. Of few activations a part comes from a cache.
         """
         launch, hidden = (kernel_launch_s, kernel_overlap) if self.own else (launch_s, overlap)
         if self.own:
             compute_s = Min(*(self._in_tiles_s(rows * tile, columns * tile) for rows, columns in OWN_TILES))
         else:
             compute_s = self._waves(tile, tile) * units * 2 * tile**2 * (self.k + fill) / peak_flops
-        bandwidth = bandwidth_bytes_per_s if self.aligned else peak_flops / UNALIGNED_FLOPS_PER_BYTE
-        traffic_s = self._bytes_moved / bandwidth
+        if self.aligned:
+            are_many = at_least_one(Max(0, self._activation_bytes - cache_bytes))
+            from_memory = (CACHED + (1 - CACHED) * are_many) * self._activation_bytes + self._weight_bytes
+            traffic_s = from_memory / bandwidth_bytes_per_s
+        else:
+            traffic_s = (self._activation_bytes + self._weight_bytes) * UNALIGNED_FLOPS_PER_BYTE / peak_flops
         return self.launches * (launch + _slowed(_overlapped(compute_s, traffic_s, hidden), self.aligned))
 
     def _in_tiles_s(self, rows: Expr, columns: Expr) -> Expr:

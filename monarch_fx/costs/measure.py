@@ -47,6 +47,7 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         cases, times = time_products(target)
         peaks = relative_peaks(target)
+    gpu = torch.cuda.get_device_properties(target) if target.type == "cuda" else None
     profile = fit_profile(
         cases,
         times,
@@ -54,7 +55,8 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
         dtype=bench.dtype,
         relative_peaks=peaks,
         tile=bench.tile,
-        units=torch.cuda.get_device_properties(target).multi_processor_count if target.type == "cuda" else 1,
+        units=gpu.multi_processor_count if gpu else 1,
+        cache_bytes=gpu.L2_cache_size / 3 if gpu else 0.0,
     )
     try:
         _store(profile)

@@ -192,6 +192,7 @@ def _constants(profile: DeviceProfile, dtype: str) -> tuple[float, ...]:
         profile.kernel_operand_bytes_per_s,
         profile.fused_efficiency,
         profile.peak_flops.get("float32", profile.peak(dtype)),
+        profile.cache_bytes,
     )
 
 

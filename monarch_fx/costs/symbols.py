@@ -11,12 +11,14 @@ tokens, in_features, out_features, nblocks_out, nblocks_in, rank, batch, dtype_b
 
 DEVICE = sympy.symbols(
     "peak_flops bandwidth_bytes_per_s copy_bytes_per_s tile units launch_s overlap fill "
-    "kernel_efficiency kernel_launch_s kernel_overlap kernel_operand_bytes_per_s fused_efficiency vector_flops",
+    "kernel_efficiency kernel_launch_s kernel_overlap kernel_operand_bytes_per_s fused_efficiency vector_flops "
+    "cache_bytes",
     nonnegative=True,
 )
 (
     peak_flops, bandwidth_bytes_per_s, copy_bytes_per_s, tile, units, launch_s, overlap, fill,
     kernel_efficiency, kernel_launch_s, kernel_overlap, kernel_operand_bytes_per_s, fused_efficiency, vector_flops,
+    cache_bytes,
 ) = DEVICE
 # fmt: on
 
