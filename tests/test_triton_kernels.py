@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -117,6 +118,27 @@ def test_every_tile(tile: choice.Tile, rank: int, s: int, monkeypatch: pytest.Mo
     launch.first_half(x, R, t)
     launch.second_half(t, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
+
+
+@pytest.mark.parametrize("s", [64, 104, 128, 208, 264])
+def test_results_stay_in_their_blocks(s: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a wider tile would compute few columns too many for one block, but those of the next one are beside it."""
+    monkeypatch.setattr(launch, "units", lambda device: 6)  # some programs end with a block, others begin with it
+    x, R, L, t, y = operands(512, 2, 3, 144, 64, s)
+    bias = torch.randn(3 * s, dtype=torch.float16, device=DEVICE)
+    launch.first_half(x, R, t)
+    launch.second_half(t, L, y, bias, None, "none")
+    check(x, R, L, y, bias, None, "none")
+
+
+def test_no_tile_that_is_described_is_wider_than_a_block() -> None:
+    features = itertools.product((False, True), (False, True))
+    for (activated, gated), s, depth, tokens, blocks in itertools.product(
+        features, range(64, 600, 8), (128, 512), (100, 600, 4096), (1, 2, 4)
+    ):
+        kinds = {"described": True, "activated": activated, "gated": gated}
+        tile = choice.second_tile(tokens, s, depth, blocks, 132, **kinds)
+        assert tile.per_unit == 0 or tile.N <= s
 
 
 @pytest.mark.parametrize("shape", [(130, 2, 3, 48, 64, 20), (300, 1, 2, 24, 192, 8), (128, 4, 1, 16, 128, 64)])

@@ -145,8 +145,8 @@ def second_tile(
         return PLAIN if tiles(PLAIN) >= 0.75 else PLAIN_NARROW
 
     def fits(tile: Tile) -> bool:
-        """Whether the last tile of each block has enough results of its own."""
-        return -(-s // tile.N) * tile.N <= (1 if depth <= SHALLOW else SHARED) * s
+        """Whether it stays in a block, and the last one there has enough results of its own."""
+        return tile.N <= s and -(-s // tile.N) * tile.N <= (1 if depth <= SHALLOW else SHARED) * s
 
     if not described or s < NARROW.N:
         return PLAIN_LARGE if tiles(PLAIN_LARGE) >= 1 else PLAIN
