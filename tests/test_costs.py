@@ -419,8 +419,10 @@ class TestSurroundings:
     def test_a_bias_makes_the_second_half_a_kernel_of_ours(self) -> None:
         slow = dataclasses.replace(self.h100, kernel_efficiency=0.1)
 
-        def slower(grid: tuple[int, int], bias: bool, workload: str = "inference", tokens: int = 4096) -> bool:
-            shape, around = MonarchShape(4096, 4096, *grid, 256), Surroundings(bias=bias)
+        def slower(
+            grid: tuple[int, int], bias: bool, workload: str = "inference", tokens: int = 4096, rank: int = 256
+        ) -> bool:
+            shape, around = MonarchShape(4096, 4096, *grid, rank), Surroundings(bias=bias)
             options = {"dtype": "bfloat16", "around": around, "workload": workload}
             return bool(
                 monarch_seconds(slow, tokens, shape, **options) > monarch_seconds(self.h100, tokens, shape, **options)
@@ -432,6 +434,8 @@ class TestSurroundings:
         assert slower((2, 2), bias=False)
         assert not slower((1, 2), bias=False)  # a single row of blocks: nothing to transpose
         assert slower((1, 2), bias=False, tokens=256)
+        assert not slower((2, 2), bias=False, rank=336)  # two rows, and tiles that don't fit
+        assert slower((2, 2), bias=False, rank=336, tokens=2048)
         assert not slower((2, 1), bias=False, workload="training")  # the transposed matrix has one, too
 
     def test_an_activation_is_a_pass_behind_the_dense_product_alone(self) -> None:

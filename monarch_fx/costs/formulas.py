@@ -84,7 +84,7 @@ def without_copies(
     The gradient of the activations is the same product with the transposed matrix.
 
     Args:
-        first: ``"joined"``: one call, for a single column or row of blocks. ``"strided"``: one call for every row of
+        first: ``"joined"``: one call, for a single column of blocks. ``"strided"``: one call for every row of
             blocks. ``"own"``: a kernel of this library that stores block-transposed.
         second: ``"library"`` or ``"own"``; ``"none"``: the first half alone.
         first_aligned: See ``Product``.

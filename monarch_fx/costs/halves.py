@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -84,14 +85,15 @@ class Halves:
         else:
             time_s = many("own", OWN_ROW)
             if self.in_tf32:
-                least = choice.tf32_tokens(of.nblocks_out * of.rank, of.nblocks_in, self.units)
-                has_kernel = (self.rows >= least) & (of.p % 64 == 0)
+                enough = choice.tf32_tokens(of.nblocks_out * of.rank, of.nblocks_in, self.units)
+                has_kernel = (self.rows >= enough) & (of.p % 64 == 0)
                 time_s = np.where(has_kernel, time_s, many("strided", ROW))
             elif of.p % 64:
                 is_large = 2 * self.rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
                 time_s = np.where(is_large, many("strided", ROW), time_s)
-            by_library = self.rows >= choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p)
-            time_s = np.where(by_library, many("strided", ROW), time_s)
+            least = choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p)
+            if math.isfinite(least):
+                time_s = np.where(self.rows >= least, many("strided", ROW), time_s)
         few = self.seconds(of, "without_copies", "own", "none" if second == "none" else "own")
         return np.where(self.rows <= choice.FEW_TOKENS, few, time_s)
 

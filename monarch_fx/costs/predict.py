@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -120,11 +121,11 @@ def monarch_seconds(
     halves = Halves(seconds, rows, profile.units, dtype == "tf32")
     forward = halves.forward(shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
-    if profile.fused_efficiency > 0 and dtype != "tf32":
+    least = choice.fused_tokens(n_in, n_out, rank, shape.p, shape.s, profile.units)
+    if profile.fused_efficiency > 0 and dtype != "tf32" and math.isfinite(least):
         held = max(choice.FUSED_WHOLE, sum(choice.fused_ranks(rank)))  # fewer take as long
         small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS) for count in (1, 2))
         fused = np.where(rows >= choice.fused_large_tokens(n_in, n_out, held, profile.units), large, small)
-        least = choice.fused_tokens(n_in, n_out, rank, shape.p, shape.s, profile.units)
         forward = np.where(rows >= least, fused, forward)
     if workload == "training":
         kept = halves.training(shape, around.bias)
