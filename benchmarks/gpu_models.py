@@ -201,7 +201,7 @@ def _faster(base_s: float, seconds: float) -> str:
 
 def _perfect(profile: DeviceProfile) -> DeviceProfile:
     """A device on which a kernel takes what its FLOPs or its bytes take, whichever is more, and nothing else."""
-    nothing: dict[str, Any] = {"launch_s": 0.0, "kernel_launch_s": 0.0, "fill": 0.0}
+    nothing: dict[str, Any] = {"launch_s": 0.0, "kernel_launch_s": 0.0, "fill": 0.0, "cache_bytes": 0.0}
     everything = {"overlap": 1.0, "kernel_overlap": 1.0, "kernel_efficiency": 1.0, "fused_efficiency": 1.0}
     everything |= {"kernel_operand_bytes_per_s": sys.float_info.max}
     return dataclasses.replace(profile, tile=1, units=1, **nothing, **everything)
