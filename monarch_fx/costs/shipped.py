@@ -5,7 +5,7 @@ from monarch_fx.costs.profile import DeviceProfile
 # How cuBLAS and the kernels of this library cut products: fitted to 696 Monarch and 32 dense products of four sizes
 # (768 -> 2304, 1024 -> 1024, 4096 -> 4096, 14336 -> 4096) at 1 to 16384 tokens on an H100 (bfloat16, CUDA graphs,
 # PyTorch 2.11; python -m benchmarks run layers-gpu); overlaps, fill and efficiency were then moved to where choices at
-# all sizes were best, and predictions of ffn-gpu no worse.
+# all sizes, and on an H200, were best, and predictions of ffn-gpu no worse.
 _GPU = {
     "launch_s": 3.1e-6,
     "overlap": 0.67,
@@ -50,8 +50,9 @@ SHIPPED = {
             name="h100",
             source=(
                 "fitted to four of twelve sizes in bfloat16 on an H100 80GB SXM, PyTorch 2.11, CUDA 13.0 (python -m "
-                "benchmarks run layers-gpu): median error at the other eight 4 %, 95th percentile 17 %; bandwidth and "
-                "peak from an earlier fit, other dtypes and copies from measure_device(), TF32 from five dense products"
+                "benchmarks run layers-gpu), four constants then moved by choices at all: median error at the other "
+                "eight 4 %, 95th percentile 17 %; bandwidth and peak from an earlier fit, other dtypes and copies from "
+                "measure_device(), TF32 from five dense products"
             ),
             peak_flops={"float64": 67e12, "float32": 56e12, "tf32": 470e12, "bfloat16": 907e12, "float16": 877e12},
             bandwidth_bytes_per_s=3.17e12,
@@ -66,8 +67,9 @@ SHIPPED = {
             name="h200",
             source=(
                 "the H100's, with the bandwidth and the float32 speed of an H200 SXM: an earlier fit to 1320 products "
-                "in bfloat16 there, and measure_device(); 2208 products that were measured there afterwards "
-                "(layers-gpu, PyTorch 2.11) are predicted with median error 4 %, 95th percentile 23 %"
+                "in bfloat16 there, and measure_device(); 2208 products that were measured there (layers-gpu, PyTorch "
+                "2.11) are predicted with median error 4 %, 95th percentile 23 %, and were looked at when the H100's "
+                "constants were moved"
             ),
             peak_flops={"float64": 67e12, "float32": 55e12, "tf32": 470e12, "bfloat16": 907e12, "float16": 870e12},
             bandwidth_bytes_per_s=4.6e12,

@@ -146,7 +146,7 @@ def second_tile(
 
     def fits(tile: Tile) -> bool:
         """Whether it stays in a block, and the last one there has enough results of its own."""
-        return tile.N <= s and -(-s // tile.N) * tile.N <= (1 if depth <= SHALLOW else SHARED) * s
+        return s >= tile.N and -(-s // tile.N) * tile.N <= (1 if depth <= SHALLOW else SHARED) * s
 
     if not described or s < NARROW.N:
         return PLAIN_LARGE if tiles(PLAIN_LARGE) >= 1 else PLAIN

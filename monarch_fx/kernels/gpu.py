@@ -1,8 +1,9 @@
 """What monarch_bmm runs on a GPU: products that write their results where the next one reads them, without copies.
 
 A product has two halves, or is one kernel where that is faster. The first half stores its result block-transposed (a
-Triton kernel, or cuBLAS where one row or column of blocks leaves nothing to transpose, or for large pairs of rows); the second writes
-strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result gets a bias or an activation).
+Triton kernel, or cuBLAS where one row or column of blocks leaves nothing to transpose, or for two large rows); the
+second writes strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result gets a bias or an
+activation).
 Several products that read the same few tokens run half by half together. The backward pass runs the same halves with
 the factors swapped, since the transposed matrix is Monarch(L, R). Sizes that would slow them down are padded
 (``padding.py``). On a CPU, where it is tested, and where a kernel fails, plain batched products do the same.
