@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from monarch_fx.costs.kernel import TF32_GRADIENTS
 from monarch_fx.kernels import choice
-from monarch_fx.kernels.padding import OWN_ROW, PADDED_TOKENS, ROW, padded_rank, padded_side
+from monarch_fx.kernels.padding import PADDED_TOKENS, ROW, SIDE_ROW, padded_rank, padded_side
 from monarch_fx.structure import MonarchShape
 
 Seconds = float | NDArray[np.float64]
@@ -63,7 +63,7 @@ class Halves:
         def of(rank: int, p: int, s: int) -> MonarchShape:
             return MonarchShape(n_in * p, n_out * s, n_out, n_in, rank)
 
-        rank = padded_rank(n_in, n_out, shape.rank)
+        rank = padded_rank(shape.rank)
         sizes = (rank, *(padded_side(n_in, n_out, size) if sides else size for size in own[1:]))
         few = at(of(*own))
         return few if sizes == own else np.where(self.rows < PADDED_TOKENS, few, at(of(*sizes)))
@@ -75,25 +75,25 @@ class Halves:
 
     def _halves(self, of: MonarchShape, second: str) -> Seconds:
         """The lowering of many tokens, and that of few ones."""
-        last = is_aligned(ROW if second == "library" else OWN_ROW, of.rank, of.s)
+        last = is_aligned(ROW, of.rank) and is_aligned(ROW if second == "library" else SIDE_ROW, of.s)
 
-        def many(first: str, row: int) -> Seconds:
-            return self.seconds(of, "without_copies", first, second, is_aligned(row, of.rank, of.p), last)
+        def many(first: str) -> Seconds:
+            return self.seconds(of, "without_copies", first, second, is_aligned(ROW, of.rank, of.p), last)
 
         if of.nblocks_in == 1:
-            time_s = many("joined", ROW)
+            time_s = many("joined")
         else:
-            time_s = many("own", OWN_ROW)
+            time_s = many("own")
             if self.in_tf32:
                 enough = choice.tf32_tokens(of.nblocks_out * of.rank, of.nblocks_in, self.units)
                 has_kernel = (self.rows >= enough) & (of.p % 64 == 0)
-                time_s = np.where(has_kernel, time_s, many("strided", ROW))
+                time_s = np.where(has_kernel, time_s, many("strided"))
             elif of.p % 64:
                 is_large = 2 * self.rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
-                time_s = np.where(is_large, many("strided", ROW), time_s)
+                time_s = np.where(is_large, many("strided"), time_s)
             least = choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p)
             if math.isfinite(least):
-                time_s = np.where(self.rows >= least, many("strided", ROW), time_s)
+                time_s = np.where(self.rows >= least, many("strided"), time_s)
         few = self.seconds(of, "without_copies", "own", "none" if second == "none" else "own")
         return np.where(self.rows <= choice.FEW_TOKENS, few, time_s)
 

@@ -12,37 +12,37 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 ROW = 8  # numbers of 16 bytes, which a library's kernels load at once
-OWN_ROW = 16  # for those of this library: ranks that only 8 divides weren't timed since first halves store them wide
+SIDE_ROW = 16  # what p and s are padded to where a kernel of this library computes with them
 HALF_ROW = 4  # with which products are fast enough as they are, where padding takes copies of activations
 PADDED_TOKENS = 512  # from which copies of factors cost less than they save
 
 
-def padded_rank(n_in: int, n_out: int, rank: int) -> int:
+def padded_rank(rank: int) -> int:
     """The rank that is computed with."""
-    return _up(rank, _row(n_in, n_out))
+    return _up(rank, ROW)
 
 
 def padded_side(n_in: int, n_out: int, size: int) -> int:
-    """p or s that is computed with in training."""
-    return size if size % HALF_ROW == 0 else _up(size, _row(n_in, n_out))
+    """p or s that is computed with in training; low rank is a library's alone."""
+    return size if size % HALF_ROW == 0 else _up(size, ROW if n_in == n_out == 1 else SIDE_ROW)
 
 
 def is_aligned(rank: int, p: int = 0, s: int = 0) -> bool:
-    """Whether nothing is padded, at one look; low rank may have nothing to pad where this is False."""
-    return not (rank % OWN_ROW or p % HALF_ROW or s % HALF_ROW)
+    """Whether nothing is padded."""
+    return not (rank % ROW or p % HALF_ROW or s % HALF_ROW)
 
 
 def pad_ranks(R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     """Both factors with zeros behind their ranks; themselves where nothing is to be padded."""
     n_in, n_out, rank, p = R.shape
-    wanted = padded_rank(n_in, n_out, rank)
+    wanted = padded_rank(rank)
     return _pad(R, wanted, p), _pad(L, wanted, L.shape[3])
 
 
 def pad_all(x: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """x (tokens, n_in * p) and both factors with zeros behind ranks, p and s; for products with gradients."""
     n_in, n_out, rank, p = R.shape
-    rank, s = padded_rank(n_in, n_out, rank), padded_side(n_in, n_out, L.shape[3])
+    rank, s = padded_rank(rank), padded_side(n_in, n_out, L.shape[3])
     R_padded, L = _pad(R, rank, padded_side(n_in, n_out, p)), _pad(L, rank, s)
     if R_padded.shape[3] != p:
         x = F.pad(x.unflatten(1, (n_in, p)), (0, R_padded.shape[3] - p)).flatten(1)
@@ -52,11 +52,6 @@ def pad_all(x: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def are_few(tokens: int) -> bool:
     """Whether copies of factors would cost more than they save; without a guard where the number is symbolic."""
     return bool(statically_known_true(tokens < PADDED_TOKENS))
-
-
-def _row(n_in: int, n_out: int) -> int:
-    """Low rank is a library's alone."""
-    return ROW if n_in == n_out == 1 else OWN_ROW
 
 
 def _up(size: int, row: int) -> int:
