@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+import benchmarks.choices
 import benchmarks.cpu
 import benchmarks.gpu
 import benchmarks.gpu_models

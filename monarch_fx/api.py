@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from monarch_fx import assess
 from monarch_fx.config import MonarchConfig
-from monarch_fx.costs import DeviceProfile, resolve
+from monarch_fx.costs import DeviceProfile, Stopwatch, device_of, resolve
 from monarch_fx.errors import ConfigError, MetaDeviceError
 from monarch_fx.factors import FactorMaker, work_folder
 from monarch_fx.layers import MonarchWeight
@@ -47,6 +47,7 @@ def plan(
     dtype: torch.dtype | str | None = None,
     config: MonarchConfig | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
+    times: str = "predicted",
     strict: bool = False,
 ) -> Plan:
     """Decides what ``monarchify`` would do, and changes nothing.
@@ -75,6 +76,9 @@ def plan(
         calibration: Batches of real inputs (a list, a ``DataLoader``), each in one of the forms of ``example_inputs``,
             or what ``calibrate`` made of them. The dense model runs on them once, forward and backward, and errors are
             those that its loss feels there to second order, not those of the weights.
+        times: ``"predicted"`` by the cost model, or ``"measured"``: the dense products, and the structures that the
+            plan comes to choose, are compiled and timed on this machine, some seconds each. Then nothing is rewritten
+            that isn't really faster than dense, by itself, as ``torch.compile`` makes it.
         strict: Raise where the budget can't be reached.
 
     Returns:
@@ -87,10 +91,11 @@ def plan(
         SelectionError, NoEligibleProductError: ``include``, ``exclude`` or the model leave nothing to do.
         WeightError: A weight is NaN, infinite, quantised, sparse, integer or complex.
         BudgetError: ``strict=True``, and the budget can't be reached.
+        DeviceProfileError: No profile fits; or times are to be measured, and ``device`` is none of this machine.
     """
     options = {"example_inputs": example_inputs, "include": include, "exclude": exclude, "tokens": tokens}
     options |= {"workload": workload, "objective": objective, "device": device, "dtype": dtype}
-    options |= {"config": config, "calibration": calibration, "strict": strict}
+    options |= {"config": config, "calibration": calibration, "times": times, "strict": strict}
     return _make_plan(model, budget, **options)[0]
 
 
@@ -113,6 +118,7 @@ def monarchify(
     config: MonarchConfig | None = None,
     calibration: Calibration | Iterable[Any] | None = None,
     anchor: Iterable[Any] | None = None,
+    times: str = "predicted",
     strict: bool = False,
     work_dir: str | os.PathLike[str] | None = None,
 ) -> Any:
@@ -157,7 +163,7 @@ def monarchify(
         checks.check_runs(model)
     choices: dict[str, Any] = {"budget": budget, "include": include, "exclude": exclude, "tokens": tokens}
     choices |= {"workload": workload, "objective": objective, "device": device, "dtype": dtype}
-    choices |= {"config": config, "strict": strict}
+    choices |= {"config": config, "times": times, "strict": strict}
     if isinstance(model, torch.export.ExportedProgram):
         others: dict[str, Any] = {"plan": plan, "example_inputs": example_inputs, "init": init, "work_dir": work_dir}
         rewritten = monarchify(graph.program_module(model), inplace=True, **choices, **others)
@@ -241,6 +247,7 @@ def _make_plan(
     dtype: torch.dtype | str | None,
     config: MonarchConfig | None,
     calibration: Calibration | Iterable[Any] | None,
+    times: str,
     strict: bool,
 ) -> tuple[Plan, Calibration | None]:
     """The plan, and what calibration data say."""
@@ -250,7 +257,7 @@ def _make_plan(
         model = graph.program_module(model)
     model = checks.check_model(model)
     config = config or MonarchConfig()
-    check_choices(budget, workload, objective, config)
+    check_choices(budget, workload, objective, config, times)
     has_values = not checks.on_meta(model)
     example_inputs, calibration = with_first_batch(model, example_inputs, calibration, "calibration")
 
@@ -258,7 +265,9 @@ def _make_plan(
     candidates, declined = select(*find_candidates(captured, model), model, include, exclude)
     checks.check_weights(model, candidates, values=has_values)
 
-    profile = resolve(device, next(model.parameters()).device)
+    torch_device = next(model.parameters()).device
+    profile = resolve(device, torch_device)
+    stopwatch = Stopwatch(device_of(profile, torch_device)) if times == "measured" else None
     mix, tokens_source = token_mix(tokens, candidates, captured.given)
     run_dtype = planned_dtype(dtype, candidates, profile)
 
@@ -273,6 +282,7 @@ def _make_plan(
         errors,
         losses=assess.losses(planned, candidates, seen),
         measure=assess.measures(planned, candidates, seen),
+        stopwatch=stopwatch,
         budget=budget,
         objective=objective,
         config=config,
@@ -297,6 +307,7 @@ def _make_plan(
         capture=captured.how,
         objective=objective,
         orders=felt(orders, decisions),
+        times=times,
     )
     return made, known
 

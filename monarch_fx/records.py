@@ -105,7 +105,7 @@ class Decision:
         reason: Why dense, or why this structure.
         error: Estimated ``||W - M||_F / ||W||_F``, in the norm that the plan's ``error_source`` names; 0 where it stays
             dense.
-        dense_s: Predicted seconds of all its calls in one run, dense.
+        dense_s: Seconds of all its calls in one run, dense: predicted or measured, as the plan's ``times`` say.
         time_s: The same as decided.
         pays: At how many rows a call the structure is predicted faster than dense, as ranges of the first and the last
             (None: without end): those that the plan is made for lie in, and the one without end.
@@ -165,6 +165,7 @@ class Plan:
         fingerprint: Hash of names, shapes and ties of the model that the plan is for.
         capture: How the graph was captured, in words.
         orders: Hidden features that are put in another order, before anything is projected.
+        times: ``"predicted"`` or ``"measured"``: where the seconds of its decisions come from.
     """
 
     decisions: tuple[Decision, ...]
@@ -182,6 +183,7 @@ class Plan:
     notes: tuple[str, ...] = field(default=())
     objective: str = "params"
     orders: tuple[HiddenOrder, ...] = ()
+    times: str = "predicted"
 
     @property
     def rewritten(self) -> tuple[Decision, ...]:
@@ -198,7 +200,7 @@ class Plan:
 
     @property
     def kept_time(self) -> float:
-        """Predicted seconds of the eligible products over their dense ones."""
+        """Seconds of the eligible products over their dense ones."""
         return sum(d.time_s for d in self.decisions) / sum(d.dense_s for d in self.decisions)
 
     @property

@@ -109,6 +109,16 @@ def test_device_profile_is_found_and_measured() -> None:
     assert mfx.plan(model, budget=0.5).device == profile.name
 
 
+def test_plans_by_times_measured_on_the_card() -> None:
+    """Few and many tokens, and training; the profile's own device is found, wherever the model is."""
+    model = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 1024))
+    for tokens, workload in ((4, "inference"), (8192, "inference"), (8192, "training")):
+        options = {"tokens": tokens, "workload": workload, "dtype": torch.bfloat16}
+        plan = mfx.plan(model, 0.5, device=mfx.measure_device("cuda"), times="measured", **options)
+        assert plan.rewritten
+        assert all(decision.time_s < 0.98 * decision.dense_s for decision in plan.rewritten)
+
+
 SHAPES = [(256, 512, 2, 4, 48), (256, 512, 4, 1, 32), (300, 500, 1, 4, 40), (250, 333, 4, 3, 20)]
 SHAPES += [(49, 98, 2, 2, 10), (251, 333, 1, 1, 21), (500, 252, 2, 2, 24)]  # padded from 512 tokens on
 

@@ -51,7 +51,7 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
     profile = fit_profile(
         cases,
         times,
-        name=_description(target),
+        name=description(target),
         dtype=bench.dtype,
         relative_peaks=peaks,
         tile=bench.tile,
@@ -67,7 +67,7 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
 
 def cached_profile(device: torch.device) -> DeviceProfile | None:
     """What ``measure_device`` has stored for ``device``; None where there is nothing, or nothing that can be read."""
-    return stored_profile(_description(device)) if device.type in WORKBENCHES else None
+    return stored_profile(description(device)) if device.type in WORKBENCHES else None
 
 
 def stored_profile(name: str) -> DeviceProfile | None:
@@ -92,7 +92,7 @@ def _store(profile: DeviceProfile) -> None:
     os.replace(file.name, path)  # at once, so that no other process reads half a profile
 
 
-def _description(device: torch.device) -> str:
+def description(device: torch.device) -> str:
     """The device as a plan names it: 'cpu AMD EPYC, 2 threads'."""
     if device.type == "cuda":
         return f"cuda {torch.cuda.get_device_name(device)}"

@@ -155,8 +155,11 @@ def paying_tokens(
     dtype: str = "float32",
     workload: str = "inference",
     around: Surroundings = ALONE,
+    correction: float = 1.0,
 ) -> tuple[tuple[int, int | None], ...]:
     """At how many tokens, up to ``MOST_TOKENS``, the Monarch product is predicted faster than the dense one.
+
+    ``correction``: what its time over that of the dense one is of the predicted ratio.
 
     Returns:
         Ranges of rows per matrix, first and last; a last of None: without end. Empty where it never pays.
@@ -168,7 +171,7 @@ def paying_tokens(
     size = shape.in_features, shape.out_features
     dense = dense_seconds(profile, tokens, *size, batch=batch, dtype=dtype, workload=workload, around=around)
     monarch = monarch_seconds(profile, tokens, shape, batch=batch, dtype=dtype, workload=workload, around=around)
-    pays = np.concatenate([[False], np.asarray(monarch) < np.asarray(dense), [False]])
+    pays = np.concatenate([[False], correction * np.asarray(monarch) < np.asarray(dense), [False]])
     edges = np.flatnonzero(pays[1:] != pays[:-1]).tolist()  # before the first and after the last of each range
     return tuple(
         (before + 1, None if last == MOST_TOKENS else last)

@@ -88,7 +88,7 @@ def time_products(device: torch.device) -> tuple[list[Case], NDArray[np.float64]
     while True:
         before = times.copy()
         for i in tqdm(range(len(cases)), desc="measure", unit="product", leave=False):
-            times[i] = min(times[i], _seconds(_runs(cases[i], pool), device))
+            times[i] = min(times[i], seconds_of(_runs(cases[i], pool), device))
         if np.mean(times < 0.95 * before) < 0.05 or time.perf_counter() > stop:
             return cases, times
 
@@ -105,7 +105,7 @@ def relative_peaks(device: torch.device) -> dict[str, float]:
         x = x if name == "tf32" else x.to(getattr(torch, name))
         run = functools.partial(torch.mm, x, x, out=torch.empty_like(x))
         with multiplying_float32_in("tf32" if name == "tf32" else "ieee"):
-            times[name] = min(_seconds([run], device) for _ in range(3))
+            times[name] = min(seconds_of([run], device) for _ in range(3))
     return {name: times[bench.dtype] / seconds for name, seconds in times.items()}
 
 
@@ -194,8 +194,8 @@ def two_bmm(x: Tensor, y: Tensor, shape: MonarchShape) -> Callable[[Tensor, Tens
     return run
 
 
-def _seconds(runs: Sequence[Run], device: torch.device) -> float:
-    """Seconds of one run."""
+def seconds_of(runs: Sequence[Run], device: torch.device) -> float:
+    """Seconds of one run; on a GPU in a CUDA graph of all of them."""
     if device.type == "cuda":
         with torch.cuda.device(device):
             return _cuda_seconds(runs)

@@ -34,9 +34,8 @@ def is_aligned(rank: int, p: int = 0, s: int = 0) -> bool:
 
 def pad_ranks(R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     """Both factors with zeros behind their ranks; themselves where nothing is to be padded."""
-    n_in, n_out, rank, p = R.shape
-    wanted = padded_rank(rank)
-    return _pad(R, wanted, p), _pad(L, wanted, L.shape[3])
+    wanted = padded_rank(R.shape[2])
+    return _pad(R, wanted, R.shape[3]), _pad(L, wanted, L.shape[3])
 
 
 def pad_all(x: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:

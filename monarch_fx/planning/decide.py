@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 
 from monarch_fx.config import MonarchConfig
-from monarch_fx.costs import DeviceProfile, paying_tokens
+from monarch_fx.costs import DeviceProfile, Stopwatch
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
 from monarch_fx.planning.options import Option, is_forced, shapes
 from monarch_fx.planning.refine import Measure, Refined, choose
 from monarch_fx.planning.solver import Size, pareto
+from monarch_fx.planning.timed import Times
 from monarch_fx.planning.workload import Run
 from monarch_fx.records import Candidate, Decision
 
 Errors = Mapping[str, Mapping[tuple[int, int], Sequence[float]]]
-SURELY_FASTER = 0.95  # of the dense product's time: a prediction errs by 5 % in the median
+# Of the dense product's time: a prediction errs by 5 % in the median, two measured times differ by less than 2 %.
+SURELY_FASTER = {"predicted": 0.95, "measured": 0.98}
 # What a budget limits.
 OBJECTIVES: Mapping[str, Size] = {"params": attrgetter("params"), "latency": attrgetter("time_s")}
 NAMED = 5  # products that a message lists before it says how many more there are
@@ -42,6 +44,7 @@ def decide(
     *,
     losses: Mapping[str, float] | None = None,
     measure: Mapping[str, Measure] | None = None,
+    stopwatch: Stopwatch | None = None,
     budget: float | None,
     objective: str = "params",
     config: MonarchConfig,
@@ -67,6 +70,7 @@ def decide(
             them weighs per parameter and call what the median of those weighs.
         measure: ``measure[name]`` projects a product whose ``errors`` are rough for grids of several blocks, and gives
             the error that it really has; asked for the few structures that come into question.
+        stopwatch: Times the dense products and those structures that are chosen; None to go by predictions.
         budget: Share of the candidates' parameters, or of their dense time, that may be kept, in (0, 1]; None with a
             forced grid.
         objective: ``"params"`` or ``"latency"``: what ``budget`` limits.
@@ -83,21 +87,34 @@ def decide(
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
     check_choices(budget, workload, objective, config)
-    run = Run(profile, tokens, workload, dtype)
-    menus = [_menu(candidate, errors.get(candidate.name, {}), config, budget, run) for candidate in candidates]
-    products = [Refined(menu.options, (measure or {}).get(menu.candidate.name)) for menu in menus]
-    if budget is None or is_forced(config, budget):
-        chosen, why = [product.measured(product.options[0]) for product in products], "forced by config"
-    else:
-        chosen, why = _within(budget, objective, menus, products, _weights(candidates, losses), strict)
+    times = Times(Run(profile, tokens, workload, dtype), stopwatch)
+    dense = [(candidate, None) for candidate in candidates]
+    times.measure(dense)
+    products = [Refined((measure or {}).get(candidate.name)) for candidate in candidates]
+    while True:
+        menus = [_menu(candidate, errors.get(candidate.name, {}), config, budget, times) for candidate in candidates]
+        for menu, product in zip(menus, products, strict=True):
+            product.offer(menu.options)
+        shortfall = ""
+        if budget is None or is_forced(config, budget):
+            chosen, why = [product.measured(product.options[0]) for product in products], "forced by config"
+        else:
+            chosen, why, shortfall = _within(budget, objective, menus, products, _weights(candidates, losses))
+        choices = [(menu.candidate, option.shape) for menu, option in zip(menus, chosen, strict=True)]
+        if not times.measure(choices) and not times.confirm([*dense, *choices]):
+            break
+    if shortfall and strict:
+        raise BudgetError(shortfall)
+    if shortfall:
+        warnings.warn(shortfall, BudgetWarning, stacklevel=3)
     known = losses or {}
     return tuple(
-        _decision(menu, option, why, run, known.get(menu.candidate.name))
+        _decision(menu, option, why, times, known.get(menu.candidate.name))
         for menu, option in zip(menus, chosen, strict=True)
     )
 
 
-def check_choices(budget: Any, workload: Any, objective: Any, config: Any) -> None:
+def check_choices(budget: Any, workload: Any, objective: Any, config: Any, times: Any = "predicted") -> None:
     """Whether these, as of ``monarch_fx.plan``, have a meaning.
 
     Raises:
@@ -116,6 +133,8 @@ def check_choices(budget: Any, workload: Any, objective: Any, config: Any) -> No
         raise ConfigError(f'objective must be "params" or "latency", what the budget limits; got {objective!r}.')
     if workload not in ("inference", "training"):
         raise ConfigError(f'workload must be "inference" or "training", got {workload!r}.')
+    if times not in SURELY_FASTER:
+        raise ConfigError(f'times must be "predicted" or "measured", got {times!r}.')
 
 
 def _menu(
@@ -123,26 +142,27 @@ def _menu(
     errors: Mapping[tuple[int, int], Sequence[float]],
     config: MonarchConfig,
     budget: float | None,
-    run: Run,
+    times: Times,
 ) -> Menu:
-    dense = Option(None, 0.0, run.seconds(candidate, None), candidate.params)
+    dense = Option(None, 0.0, times.seconds(candidate, None), candidate.params)
     found = [
         Option(
             shape,
             error2=max(0.0, float(errors[shape.nblocks_out, shape.nblocks_in][shape.rank])),
-            time_s=run.seconds(candidate, shape),
+            time_s=times.seconds(candidate, shape),
             params=candidate.batch * shape.params,
         )
-        for shape in shapes(candidate, config, budget, run.terms(candidate))
+        for shape in shapes(candidate, config, budget, times.run.terms(candidate))
     ]
     if not found:
         return Menu(candidate, dense, (dense,), _too_small(candidate, config))
     if is_forced(config, budget):
         return Menu(candidate, dense, tuple(found), "")
-    allowed = [
-        option for option in found if option.time_s <= SURELY_FASTER * dense.time_s or not config.require_speedup
-    ]
-    refusal = "" if allowed else f"no structure is predicted clearly faster at {_token_text(run.rows(candidate))}"
+    most = SURELY_FASTER[times.source] * dense.time_s
+    allowed = [option for option in found if option.time_s <= most or not config.require_speedup]
+    tokens = _token_text(times.run.rows(candidate))
+    verdict = {"predicted": "is predicted", "measured": "in question was measured"}[times.source]
+    refusal = "" if allowed else f"no structure {verdict} clearly faster at {tokens}"
     return Menu(candidate, dense, (dense, *allowed), refusal)
 
 
@@ -162,25 +182,21 @@ def _within(
     menus: Sequence[Menu],
     products: Sequence[Refined],
     weights: Sequence[float],
-    strict: bool,
-) -> tuple[list[Option], str]:
-    """The best choice under the budget, or the smallest one where the budget can't be reached."""
+) -> tuple[list[Option], str, str]:
+    """The best choice under the budget, and why; or the smallest one, why, and what is in the budget's way."""
     size = OBJECTIVES[objective]
     dense = sum(size(menu.dense) for menu in menus)
     smallest = [pareto(menu.options, size)[0] for menu in menus]
     reached = sum(map(size, smallest))
     if reached <= budget * dense:
-        return choose(products, weights, budget * dense, size), "smallest error under the budget"
-    message = (
+        return choose(products, weights, budget * dense, size), "smallest error under the budget", ""
+    shortfall = (
         f"The budget {budget:g} can't be reached, {reached / dense:.3f} is the closest. In the way: "
         f"{_in_the_way(budget, size, menus, smallest)}."
     )
-    if strict:
-        raise BudgetError(message)
-    warnings.warn(message, BudgetWarning, stacklevel=4)
     what = {"params": "fewest parameters", "latency": "least time"}[objective]
     smallest = [product.measured(option) for product, option in zip(products, smallest, strict=True)]
-    return smallest, f"{what}, the budget can't be reached"
+    return smallest, f"{what}, the budget can't be reached", shortfall
 
 
 def _in_the_way(budget: float, size: Size, menus: Sequence[Menu], smallest: Sequence[Option]) -> str:
@@ -196,10 +212,10 @@ def _in_the_way(budget: float, size: Size, menus: Sequence[Menu], smallest: Sequ
     return ", ".join(named + more)
 
 
-def _decision(menu: Menu, option: Option, why: str, run: Run, loss: float | None) -> Decision:
+def _decision(menu: Menu, option: Option, why: str, times: Times, loss: float | None) -> Decision:
     shape = option.shape
-    ranges = () if shape is None else paying_tokens(run.profile, shape, **run.setting(menu.candidate))
-    planned = run.rows(menu.candidate)
+    ranges = () if shape is None else times.pays(menu.candidate, shape)
+    planned = times.run.rows(menu.candidate)
     pays = tuple(
         (first, last) for first, last in ranges if last is None or any(first <= count <= last for count in planned)
     )

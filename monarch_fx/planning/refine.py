@@ -29,15 +29,18 @@ class Refined:
     """The options of one product; what was measured of a grid corrects the estimates of its ranks.
 
     Args:
-        options: With their estimated errors.
         measure: None where the estimates are exact.
     """
 
-    def __init__(self, options: Sequence[Option], measure: Measure | None) -> None:
+    def __init__(self, measure: Measure | None) -> None:
         self.measure = measure
-        self.estimates = {option.shape: option for option in options}
+        self.estimates: dict[MonarchShape | None, Option] = {}
         self.found: dict[MonarchShape, float] = {}
         self.factors: dict[Grid, float] = {}
+
+    def offer(self, options: Sequence[Option]) -> None:
+        """What may be chosen, with estimated errors; what was measured before stays known."""
+        self.estimates = {option.shape: option for option in options}
 
     @property
     def options(self) -> list[Option]:
@@ -92,7 +95,7 @@ def choose(products: Sequence[Refined], weights: Sequence[float], limit: float, 
     if any(product.measure is not None for product in products):
         at = price([product.options for product in products], weights, limit, size)
         rough = [(p, o) for p, weight in zip(products, weights, strict=True) for o in p.contenders(weight, at, size)]
-    with tqdm(total=len(rough), desc="projections", unit="grid", leave=False) as bar:
+    with tqdm(total=len(rough), desc="projections", unit="grid", leave=False, disable=not rough) as bar:
         while True:
             for product, option in rough:
                 product.measured(option)

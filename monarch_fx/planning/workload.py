@@ -61,7 +61,9 @@ class Run:
 
     def setting(self, candidate: Candidate, recomputed: bool = False) -> dict[str, Any]:
         """What the costs of one candidate depend on besides device, tokens and structure."""
-        around = Surroundings(candidate.bias, candidate.activated, candidate.together, recomputed)
+        are_few = self.workload == "inference" and min(self.rows(candidate), default=0) <= choice.FEW_TOKENS
+        together = candidate.together if are_few else 1
+        around = Surroundings(candidate.bias, candidate.activated, together, recomputed)
         return {"batch": candidate.batch, "dtype": self.dtype, "workload": self.workload, "around": around}
 
 

@@ -92,7 +92,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
     model = plan.model_params
     dense_s, time_s = sum(d.dense_s for d in plan.decisions), sum(d.time_s for d in plan.decisions)
     asked = "structure forced" if plan.budget is None else f"asked {plan.budget:g}"
-    limited = "dense time (predicted)" if plan.objective == "latency" else "eligible parameters"
+    limited = f"dense time ({plan.times})" if plan.objective == "latency" else "eligible parameters"
     tokens = _mix(plan.tokens)
     known = _of_all(sum(d.loss is not None for d in plan.rewritten), len(plan.rewritten))
     return [
@@ -107,7 +107,7 @@ def _summary(plan: Plan) -> list[tuple[str, str]]:
             f"{compact(model)} -> {compact(model - eligible + kept)} parameters ({1 - (eligible - kept) / model:.0%})",
         ),
         (
-            "predicted",
+            plan.times,
             f"{milliseconds(dense_s)} -> {milliseconds(time_s)} ms a run in these products{_gain(dense_s, time_s)}",
         ),
         ("planned for", f"{plan.device}, {plan.dtype}, {plan.workload}, {tokens} tokens ({plan.tokens_source})"),
