@@ -214,7 +214,7 @@ def _in_the_way(budget: float, size: Size, menus: Sequence[Menu], smallest: Sequ
 
 def _decision(menu: Menu, option: Option, why: str, times: Times, loss: float | None) -> Decision:
     shape = option.shape
-    ranges = () if shape is None else times.pays(menu.candidate, shape)
+    ranges = () if shape is None else times.pays(menu.candidate, shape, option.time_s / menu.dense.time_s)
     planned = times.run.rows(menu.candidate)
     pays = tuple(
         (first, last) for first, last in ranges if last is None or any(first <= count <= last for count in planned)

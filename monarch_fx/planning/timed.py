@@ -72,10 +72,10 @@ class Times:
             self.factors[kind, _grid(shape)] = self.found[key] / self._predicted(candidate, shape)
         return bool(new)
 
-    def pays(self, candidate: Candidate, shape: MonarchShape) -> tuple[tuple[int, int | None], ...]:
-        """As ``paying_tokens``, both times as much off at other tokens as they were found to be."""
-        off = [self.seconds(candidate, which) / self._predicted(candidate, which) for which in (shape, None)]
-        return paying_tokens(self.run.profile, shape, **self.run.setting(candidate), correction=off[0] / off[1])
+    def pays(self, candidate: Candidate, shape: MonarchShape, ratio: float) -> tuple[tuple[int, int | None], ...]:
+        """As ``paying_tokens``; the ``ratio`` to dense is elsewhere as much off as at the tokens planned for."""
+        off = ratio / (self._predicted(candidate, shape) / self._predicted(candidate, None))
+        return paying_tokens(self.run.profile, shape, **self.run.setting(candidate), correction=off)
 
     def _predicted(self, candidate: Candidate, shape: MonarchShape | None) -> float:
         key = self._kind(candidate), shape
