@@ -1,9 +1,10 @@
-"""What it is worth to time products while a plan is made: choices by prediction and by measured times, in hindsight."""
+"""What it is worth to time products while a plan is made: choices and plans, by prediction and by measured times."""
 
 from __future__ import annotations
 
 import functools
 import math
+import statistics
 import time
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import CACHE_BYTES, GRIDS, calls, graph_seconds, shape_at
+from benchmarks.gpu_models import DEVICE, WORKS, against, ready, rewritten
 from benchmarks.registry import Table, benchmark
 from monarch_fx.costs import Stopwatch, resolve
 from monarch_fx.planning.decide import SURELY_FASTER
@@ -24,6 +26,7 @@ from monarch_fx.views import StridedView
 SIZES = ((768, 768), (1024, 1024), (3072, 768), (1024, 4096), (4096, 4096), (4096, 14336))
 TOKENS = (16, 256, 1024, 4096, 16384)
 RATIO = 0.5
+PLANNED = ("bert-large-infer", "vit-train", "gpt2-small-train")
 SLOWER = 0.98  # of the dense product's speed
 
 Choice = MonarchShape | None
@@ -69,6 +72,29 @@ def choices() -> Iterator[Table]:
                 f"{slower[name]} of {len(more)}"
                 for name, more in lost.items()
             ]
+            yield table
+
+
+@benchmark("measured-plans-gpu")
+def plans() -> Iterator[Table]:
+    """Whole models, planned by prediction and by measured times, each beside compiled dense, as CUDA graphs."""
+    table = Table(("model", "times", "s to plan", "ms in its products", "gain there", "ms dense, ours", "gain"))
+    for work in (work for work in WORKS if work.name in PLANNED):
+        torch._dynamo.reset()
+        with torch.device(DEVICE):
+            inputs = work.inputs()
+        dense = ready(work, "dense", work.model(), inputs)
+        for times in SURELY_FASTER:
+            start = time.perf_counter()
+            plan = work.plan(times=times)
+            took = time.perf_counter() - start
+            samples = against(dense, work, times, functools.partial(rewritten, work, plan), inputs)
+            dense_s, ours_s = (statistics.median(samples[name]) for name in ("dense", times))
+            within = sum(d.dense_s for d in plan.decisions), sum(d.time_s for d in plan.decisions)
+            products = f"{within[0] * 1e3:.2f} -> {within[1] * 1e3:.2f}", f"{within[0] / within[1]:.2f}x"
+            whole = f"{dense_s * 1e3:.2f}, {ours_s * 1e3:.2f}", f"{dense_s / ours_s:.2f}x"
+            table.rows.append((work.name, times, f"{took:.1f}", *products, *whole))
+            table.raw[f"{work.name}, {times}"] = {"seconds": samples, "plan": str(plan)}
             yield table
 
 

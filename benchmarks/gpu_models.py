@@ -141,9 +141,9 @@ class Work:
     def workload(self) -> str:
         return "training" if self.run is training else "inference"
 
-    def plan(self, config: mfx.MonarchConfig | None) -> mfx.Plan:
-        twin = self.model("meta")
-        return mfx.plan(twin, self.budget, tokens=self.tokens, workload=self.workload, config=config)
+    def plan(self, config: mfx.MonarchConfig | None = None, times: str = "predicted") -> mfx.Plan:
+        twin, asked = self.model("meta"), {"tokens": self.tokens, "workload": self.workload}
+        return mfx.plan(twin, self.budget, config=config, times=times, **asked)
 
     def bound(self, plan: mfx.Plan, structured: bool = True) -> float:
         """Seconds that the products of a plan, or dense ones in their places, take with perfect kernels."""
@@ -159,7 +159,7 @@ def race(work: Work) -> Iterator[Table]:
     with torch.device(DEVICE):
         inputs = work.inputs()
     model = work.model()
-    dense = _ready(work, "dense", model, inputs)
+    dense = ready(work, "dense", model, inputs)
     speed: dict[str, float] = {}
 
     def row(name: str, samples: dict[str, list[float]], *cells: str) -> Table:
@@ -173,15 +173,15 @@ def race(work: Work) -> Iterator[Table]:
         _targets(work, table, speed)
         return table
 
-    mixed = work.plan(None)
-    samples = _against(dense, work, "free", lambda: without_products(work.model(), mixed), inputs)
+    mixed = work.plan()
+    samples = against(dense, work, "free", lambda: without_products(work.model(), mixed), inputs)
     base_s, free_s = (statistics.median(samples[name]) for name in ("dense", "free"))
     bound = _faster(base_s, free_s + work.bound(mixed, structured=False))
     row("dense compiled", time_alternating(dense, {}, ROUNDS[work.run]), "-", "-", "-", bound)
     yield row("free", samples)
     for name, config in VARIANTS.items():
         plan = mixed if config is None else work.plan(config)
-        samples = _against(dense, work, name, functools.partial(_rewritten, work, plan), inputs)
+        samples = against(dense, work, name, functools.partial(rewritten, work, plan), inputs)
         saved = sum(d.dense_s - d.time_s for d in plan.decisions)
         seconds = statistics.median(samples["dense"])
         share = seconds / base_s  # the card may have become slower or faster since
@@ -220,22 +220,22 @@ def _targets(work: Work, table: Table, speed: dict[str, float]) -> None:
         table.target("mixed plan against eager dense", reached / speed["dense eager, launched"], work.target_over_eager)
 
 
-def _rewritten(work: Work, plan: mfx.Plan) -> nn.Module:
+def rewritten(work: Work, plan: mfx.Plan) -> nn.Module:
     return mfx.monarchify(work.model(), plan=plan, init="random", inplace=True)
 
 
-def _against(
+def against(
     dense: dict[str, Step], work: Work, name: str, make: Callable[[], nn.Module], inputs: Inputs
 ) -> dict[str, list[float]]:
     """Makes a variant, times it in turns with the dense model, and frees it."""
-    racers = {**dense, **_ready(work, name, make(), inputs)}
+    racers = {**dense, **ready(work, name, make(), inputs)}
     samples = time_alternating(racers, {}, ROUNDS[work.run])
     del racers
     _free_memory()
     return samples
 
 
-def _ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> dict[str, Step]:
+def ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> dict[str, Step]:
     """The compiled step of ``model`` as a CUDA graph and launched kernel by kernel; both have passed the gate.
 
     "free" has no products that could be wrong.
@@ -247,8 +247,8 @@ def _ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> dict[str,
         reference = mfx.to_dense(model)
         expected = work.run(reference, inputs, False)().clone()
         leaves = sum(not any(module.children()) for module in reference.modules())
-        rewritten = sum(isinstance(module, MonarchWeight) for module in model.modules())
-        roundings = leaves + 2 * rewritten  # of the intermediate, and of the factors' product in the dense weight
+        products = sum(isinstance(module, MonarchWeight) for module in model.modules())
+        roundings = leaves + 2 * products  # of the intermediate, and of the factors' product in the dense weight
         del reference
         _free_memory()
         racers = _racers(name, step)
