@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu import CACHE_BYTES, GRIDS, calls, graph_seconds, shape_at
-from benchmarks.gpu_models import DEVICE, WORKS, against, ready, rewritten
+from benchmarks.gpu_models import WORKS, against, rewritten, started
 from benchmarks.registry import Table, benchmark
 from monarch_fx.costs import Stopwatch, resolve
 from monarch_fx.planning.decide import SURELY_FASTER
@@ -80,10 +80,7 @@ def plans() -> Iterator[Table]:
     """Whole models, planned by prediction and by measured times, each beside compiled dense, as CUDA graphs."""
     table = Table(("model", "times", "s to plan", "ms in its products", "gain there", "ms dense, ours", "gain"))
     for work in (work for work in WORKS if work.name in PLANNED):
-        torch._dynamo.reset()
-        with torch.device(DEVICE):
-            inputs = work.inputs()
-        dense = ready(work, "dense", work.model(), inputs)
+        _, inputs, dense = started(work)
         for times in SURELY_FASTER:
             start = time.perf_counter()
             plan = work.plan(times=times)

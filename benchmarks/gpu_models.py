@@ -153,13 +153,8 @@ class Work:
 
 def race(work: Work) -> Iterator[Table]:
     """One row a variant, each timed in turns with the compiled dense model; the table is given after every row."""
-    torch._dynamo.reset()
-    torch._dynamo.config.recompile_limit = RECOMPILES
     table = Table(HEADER)
-    with torch.device(DEVICE):
-        inputs = work.inputs()
-    model = work.model()
-    dense = ready(work, "dense", model, inputs)
+    model, inputs, dense = started(work)
     speed: dict[str, float] = {}
 
     def row(name: str, samples: dict[str, list[float]], *cells: str) -> Table:
@@ -195,6 +190,16 @@ def race(work: Work) -> Iterator[Table]:
     yield row("dense eager, launched", time_alternating(racers, {}, ROUNDS[work.run]))
 
 
+def started(work: Work) -> tuple[nn.Module, Inputs, dict[str, Step]]:
+    """The dense model, what it reads, and its compiled steps, with nothing compiled before them."""
+    torch._dynamo.reset()
+    torch._dynamo.config.recompile_limit = RECOMPILES
+    with torch.device(DEVICE):
+        inputs = work.inputs()
+    model = work.model()
+    return model, inputs, _ready(work, "dense", model, inputs)
+
+
 def _faster(base_s: float, seconds: float) -> str:
     return f"{base_s / seconds:.2f}x"
 
@@ -228,14 +233,14 @@ def against(
     dense: dict[str, Step], work: Work, name: str, make: Callable[[], nn.Module], inputs: Inputs
 ) -> dict[str, list[float]]:
     """Makes a variant, times it in turns with the dense model, and frees it."""
-    racers = {**dense, **ready(work, name, make(), inputs)}
+    racers = {**dense, **_ready(work, name, make(), inputs)}
     samples = time_alternating(racers, {}, ROUNDS[work.run])
     del racers
     _free_memory()
     return samples
 
 
-def ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> dict[str, Step]:
+def _ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> dict[str, Step]:
     """The compiled step of ``model`` as a CUDA graph and launched kernel by kernel; both have passed the gate.
 
     "free" has no products that could be wrong.

@@ -66,7 +66,7 @@ def plan(
             counts are scaled alike. Default: what ``example_inputs`` give, else 4096.
         workload: ``"inference"`` (forward) or ``"training"`` (forward and backward).
         objective: What ``budget`` limits while the error is made smallest: ``"params"``, or ``"latency"``, the
-            predicted time of the eligible products.
+            time of the eligible products, as ``times`` gives it.
         device: Profile that the cost model plans for: ``"auto"`` (where the model is), ``"cpu"``, ``"h100"``, ... or a
             ``DeviceProfile``.
         dtype: Of the run that is planned for (``torch.bfloat16`` or its name), where it is not that of the weights, as

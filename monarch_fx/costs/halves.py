@@ -75,10 +75,12 @@ class Halves:
 
     def _halves(self, of: MonarchShape, second: str) -> Seconds:
         """The lowering of many tokens, and that of few ones."""
-        last = is_aligned(ROW, of.rank) and is_aligned(ROW if second == "library" else SIDE_ROW, of.s)
+
+        def aligned(kernel: str, side: int) -> bool:
+            return is_aligned(ROW, of.rank) and is_aligned(SIDE_ROW if kernel == "own" else ROW, side)
 
         def many(first: str) -> Seconds:
-            return self.seconds(of, "without_copies", first, second, is_aligned(ROW, of.rank, of.p), last)
+            return self.seconds(of, "without_copies", first, second, aligned(first, of.p), aligned(second, of.s))
 
         if of.nblocks_in == 1:
             time_s = many("joined")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-ROW = 8  # numbers of 16 bytes, which a library's kernels load at once
+ROW = 8  # numbers of 16 bytes, which kernels load and store at once
 SIDE_ROW = 16  # what p and s are padded to where a kernel of this library computes with them
 HALF_ROW = 4  # with which products are fast enough as they are, where padding takes copies of activations
 PADDED_TOKENS = 512  # from which copies of factors cost less than they save

@@ -58,7 +58,7 @@ def decide(
 
     The sum of relative squared errors, each weighted by what losing its product would cost (``losses``; else by its
     parameters times calls, its share of the work), is made smallest under the budget; of structures with about the same
-    error the fastest is taken, and none that is not predicted clearly faster than dense, where
+    error the fastest is taken, and none that is not predicted (or was not measured) clearly faster than dense, where
     ``config.require_speedup``. A structure that the user forces (a grid with a rank, or without a budget) is taken
     whatever it costs.
 
@@ -84,7 +84,7 @@ def decide(
     Raises:
         ConfigError: As ``check_choices``.
         BudgetError: ``strict``, and the budget can't be reached; else that is a ``BudgetWarning``.
-        DeviceProfileError: The profile doesn't know ``dtype``.
+        DeviceProfileError: The profile doesn't know ``dtype``, or the stopwatch can't time a product.
     """
     check_choices(budget, workload, objective, config)
     times = Times(Run(profile, tokens, workload, dtype), stopwatch)
