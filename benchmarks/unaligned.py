@@ -1,4 +1,4 @@
-"""Products on a GPU whose sizes or ranks are no multiples of 8, bfloat16, beside dense ones as they are and padded."""
+"""Products on a GPU whose blocks or ranks are no multiples of 64, bfloat16, beside dense ones as they are and padded."""
 
 from __future__ import annotations
 
@@ -32,6 +32,9 @@ SIZES = (  # tokens, in_features, out_features, and ranks by nblocks
     (4096, 1001, 1001, {1: (240,), 7: (32,)}),
     (4096, 4098, 4098, {1: (1024,), 2: (512,)}),
     (4096, 4096, 4096, {4: (256, 252)}),
+    (4096, 4104, 4104, {3: (384, 376)}),
+    (16384, 576, 1536, {2: (96,), 4: (48,)}),
+    (4096, 768, 50257, {1: (384,), 2: (192,)}),
 )
 CASES = [
     (tokens, MonarchShape(in_features, out_features, nblocks, nblocks, rank))
@@ -45,7 +48,7 @@ Product = Callable[..., Tensor]
 
 @benchmark("unaligned-gpu")
 def unaligned() -> Iterator[Table]:
-    """Products of odd sizes and ranks, forward and in training, beside dense ones as they are and padded."""
+    """Products of such sizes and ranks, forward and in training, beside dense ones as they are and padded."""
     header = ("tokens", "in -> out", "grid, rank", "pass", "dense us", "dense padded us", "ours us", "predicted us")
     table = Table((*header, "ours over the faster dense"))
     profile = resolve("auto", DEVICE)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +25,7 @@ FEW_TOKENS = (1, 16, 17, 64)
 TOKENS = (*FEW_TOKENS, 100, 256, 1000, 4096, 16384)
 COLUMNS = (48, 64, 96, 128, 192, 256, 1024, 4096)
 BLOCKS = (1, 2, 4, 8)
-PARTS = {"width", "rank", "stride_t", "stride_j"}  # given in parts of ROW, of which nothing is known
+PARTS = re.compile(r"(p|width|rank|depth|s|stride_.*)\d?")  # given in parts of ROW, of which nothing is known
 EPILOGUES = (("none", False), ("gelu", False), ("silu", True))
 
 
@@ -53,7 +54,7 @@ def compiled(
     for name in kernel.arg_names:
         kinds[name] = "constexpr" if name in constants else f"*{number}" if name.endswith("_ptr") else "i32"
     kinds |= descriptors
-    others = {*constants, *descriptors, *(PARTS if "ROW" in constants else ())}
+    others = {*constants, *descriptors, *(filter(PARTS.fullmatch, kernel.arg_names) if "ROW" in constants else ())}
     numbers = [i for i, name in enumerate(kernel.arg_names) if name not in others]
     source = ASTSource(
         fn=kernel,
@@ -63,7 +64,11 @@ def compiled(
     )
     options = {"num_warps": warps, "num_stages": stages}
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    assert "ROW" not in constants or "st.global.b" not in found.asm["ptx"], f"{kernel} stores number by number"
+    if "ROW" in constants:
+        assert "st.global.b" not in found.asm["ptx"], f"{kernel} stores number by number"
+        loaded = set(re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], (0x\w+)", found.asm["ptx"]))
+        is_turned = number == "fp32" and arch >= 90  # tensor cores want columns of second factors as rows
+        assert is_turned or loaded == (set() if descriptors else {"0x10"}), f"{kernel} loads {loaded} bytes at once"
     return found.metadata.shared
 
 
@@ -74,13 +79,13 @@ def block(*sizes: int, number: str = "bf16") -> str:
 def kernels(arch: int) -> Iterator[tuple[str, int]]:
     new = arch >= 90
     for tile in first_tiles(described=False) | (first_tiles(described=True) if new else set()):
-        sizes = {"M": tile.M, "N": tile.N, "K": tile.K, "PDL": new}
+        sizes = {"M": tile.M, "N": tile.N, "K": tile.K, "ROW": padding.ROW, "PDL": new}
         if tile.per_unit:
-            constants = {**sizes, "N_IN": 2, "UNITS": UNITS, "ROW": padding.ROW}
-            blocks = {"x_desc": block(tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
+            constants = {**sizes, "N_IN": 2, "UNITS": UNITS}
+            blocks = {"x_desc": block(1, tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
             yield f"first {tile}", compiled(arch, persistent.first, constants, tile.warps, tile.stages, **blocks)
         else:
-            yield f"first {tile}", compiled(arch, tiles.first, {**sizes, "EVEN": True}, tile.warps, tile.stages)
+            yield f"first {tile}", compiled(arch, tiles.first, {**sizes, "EVEN": False}, tile.warps, tile.stages)
     for activation, gated in EPILOGUES:
         epilogue = {"BIAS": True, "ACT": activation, "GATED": gated, "FAST": True}
         plain = second_tiles(False, activation, gated)
@@ -93,7 +98,8 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
                 blocks["y_desc"] = block(tile.M, tile.N)
                 yield name, compiled(arch, persistent.second, constants, tile.warps, tile.stages, **blocks)
             else:
-                yield name, compiled(arch, tiles.second, {**sizes, "EVEN": True}, tile.warps, tile.stages)
+                constants = {**sizes, "ROW": padding.ROW, "EVEN": False}
+                yield name, compiled(arch, tiles.second, constants, tile.warps, tile.stages)
         if new:
             M, N, K = choice.FUSED_TOKENS, launch.FUSED_N, launch.FUSED_K
             most = choice.FUSED_RANK, choice.FUSED_BLOCKS
@@ -102,7 +108,7 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
                 shape = {"N_IN": count, "N_OUT": count, "RANK": held, "REST": rest}
                 shape["STAGES"] = choice.fused_stages(held + rest, rows)
                 constants = {"M": rows, "N": N, "K": K, "PDL": True, **shape, **epilogue}
-                blocks = {"x_desc": block(rows, K), "y_desc": block(rows, N)}
+                blocks = {"x_desc": block(1, rows, K), "y_desc": block(1, rows, N)}
                 blocks |= {"r_desc": block(1, 1, held, K), "r_rest_desc": block(1, 1, rest or held, K)}
                 blocks |= {"l_desc": block(1, 1, held, N), "l_rest_desc": block(1, 1, rest or held, N)}
                 name = f"fused rank {rank} {rows} {activation} {gated}"
@@ -111,11 +117,11 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
 
 def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
     """Of few tokens, and first halves of many."""
-    pdl = {"PDL": arch >= 90}
-    epilogue = {"BIAS": False, "ACT": "none", "GATED": False, "FAST": True, "EVEN": True}
+    pdl = {"PDL": arch >= 90, "ROW": launch.ALIGNED // 4}
+    epilogue = {"BIAS": False, "ACT": "none", "GATED": False, "FAST": True, "EVEN": False}
     few = itertools.product(FEW_TOKENS, COLUMNS, BLOCKS)
     for tile in {choice.first_tile(*size, UNITS, described=False).holding(4) for size in few}:
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": True, **pdl}
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": False, **pdl}
         yield f"first {tile} TF32", compiled(arch, tiles.first, constants, tile.warps, tile.stages, "fp32")
     few = itertools.product(FEW_TOKENS, COLUMNS, (64, 256, 1024), BLOCKS)
     features = {"described": False, "activated": False, "gated": False}
@@ -124,9 +130,9 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
         yield f"second {tile} TF32", compiled(arch, tiles.second, constants, tile.warps, tile.stages, "fp32")
     if arch >= 90:
         tile = choice.TF32
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "N_IN": 2, "UNITS": UNITS, "ROW": padding.ROW, **pdl}
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "N_IN": 2, "UNITS": UNITS, **pdl}
         blocks = {
-            "x_desc": block(tile.M, tile.K, number="fp32"),
+            "x_desc": block(1, tile.M, tile.K, number="fp32"),
             "r_desc": block(1, tile.N, tile.K, number="fp32"),
         }
         yield (
@@ -137,7 +143,7 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
 
 def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
     sizes = list(itertools.product(FEW_TOKENS, COLUMNS, BLOCKS))
-    early = {"PDL": arch >= 90}
+    early = {"PDL": arch >= 90, "ROW": padding.ROW}
     for tile in {choice.first_tile(*size, UNITS, described=False) for size in sizes}:
         constants = {"M": tile.M, "N": tile.N, "K": tile.K, "COUNT": choice.TOGETHER, "EVEN": 5, **early}
         yield f"first, together {tile}", compiled(arch, together.first, constants, tile.warps, tile.stages)

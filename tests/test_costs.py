@@ -528,10 +528,10 @@ class TestTraining:
         assert dense / ours == pytest.approx(gain, rel=0.15)
 
     def test_sums_of_several_blocks_are_cut_into_few_parts(self) -> None:
-        h100, tokens, shape = self.h100, 98304, MonarchShape(64, 384, 2, 2, rank=32)
+        h100, tokens, shape = self.h100, 98304, MonarchShape(64, 2112, 2, 2, rank=32)
         compute = h100.units * 2 * 128**2 * (tokens / 4 + h100.fill) / h100.peak("bfloat16")
         expected = 0.0
-        for side, tiles in ((32, 2), (192, 2 * 2)):  # one of 128 x 128 for a block; two for one of 64 x 192
+        for side, tiles in ((32, 2), (1056, 2 * 9)):  # one of 128 x 128 for a block; nine for one of 64 x 1056
             traffic = 2 * 2 * (tokens * (64 + side) + 64 * side) / h100.bandwidth_bytes_per_s
             added_up = 2 * 4 * 4 * 2 * 64 * side / h100.bandwidth_bytes_per_s
             both = max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic)

@@ -322,15 +322,19 @@ def test_flops_are_counted() -> None:
     assert counter.get_total_flops() == 2 * len(x) * sum(factor.numel() for factor in (*R, *L))
 
 
-# n_in, n_out, rank, p, s; what is computed with: rank without gradients; rank, p and s with them
+# n_in, n_out, rank, p, s; rank, p and s that are computed with, without gradients and with them
 PADDED = [
-    ((2, 3, 5, 7, 10), 8, (8, 16, 16)),
-    ((2, 2, 24, 12, 20), 24, (24, 12, 20)),
-    ((1, 4, 16, 8, 9), 16, (16, 8, 16)),
-    ((4, 1, 17, 9, 8), 24, (24, 16, 8)),
-    ((1, 1, 5, 9, 6), 8, (8, 16, 8)),
-    ((1, 1, 24, 12, 1000), 24, (24, 12, 1000)),
-    ((2, 3, 16, 8, 24), 16, (16, 8, 24)),
+    ((2, 3, 5, 7, 10), (8, 7, 10), (8, 16, 16)),
+    ((2, 2, 24, 12, 20), (24, 12, 20), (24, 16, 32)),
+    ((1, 4, 16, 8, 9), (16, 8, 9), (16, 8, 16)),
+    ((4, 1, 17, 9, 8), (24, 9, 8), (24, 16, 8)),
+    ((1, 1, 5, 9, 6), (8, 9, 6), (8, 16, 8)),
+    ((1, 1, 24, 12, 1000), (24, 12, 1000), (24, 12, 1000)),
+    ((2, 3, 16, 8, 24), (16, 8, 24), (16, 8, 24)),
+    ((2, 2, 130, 9, 7), (136, 16, 16), (136, 16, 16)),
+    ((3, 2, 90, 10, 7), (96, 10, 16), (96, 16, 16)),
+    ((2, 3, 90, 7, 10), (96, 16, 10), (96, 16, 16)),
+    ((1, 1, 256, 9, 12), (256, 16, 12), (256, 16, 12)),
 ]
 
 
@@ -340,8 +344,10 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     seen = []
     first, second, differentiable = gpu.first_half, gpu.second_half, gpu._differentiable
 
-    def watched_differentiable(x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, *rest: object) -> torch.Tensor:
-        before, y = len(seen), differentiable(x, R, L, *rest)
+    def watched_differentiable(
+        x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, *rest: object, **options: object
+    ) -> torch.Tensor:
+        before, y = len(seen), differentiable(x, R, L, *rest, **options)
         if len(seen) == before:  # low rank has no halves there
             seen.append((*R.shape[2:], L.shape[3]))
         return y
@@ -361,9 +367,13 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("shape", "rank", "trained"), PADDED, ids=str)
+@pytest.mark.parametrize(("shape", "untrained", "trained"), PADDED, ids=str)
 def test_unaligned_sizes_are_padded(
-    shape: tuple[int, ...], rank: int, trained: tuple[int, ...], bias: bool, sizes: list[tuple[int, ...]]
+    shape: tuple[int, ...],
+    untrained: tuple[int, ...],
+    trained: tuple[int, ...],
+    bias: bool,
+    sizes: list[tuple[int, ...]],
 ) -> None:
     for tokens, is_padded in ((padding.PADDED_TOKENS - 1, False), (padding.PADDED_TOKENS, True)):
         x, R, L = operands(tokens, *shape)
@@ -375,7 +385,7 @@ def test_unaligned_sizes_are_padded(
         assert found.is_contiguous()
         with torch.no_grad():
             inferred = gpu.products(*inputs, *[None] * (1 - bias), None, "gelu")
-        assert sizes[1:] == [(rank if is_padded else shape[2], *shape[3:])]
+        assert sizes[1:] == [untrained if is_padded else shape[2:]]
         torch.testing.assert_close((found, inferred), (F.gelu(y), F.gelu(y)), rtol=1e-12, atol=1e-12)
         grad = torch.randn_like(y)
         ours, right = torch.autograd.grad(found, inputs, grad), torch.autograd.grad(F.gelu(y), inputs, grad)

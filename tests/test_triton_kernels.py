@@ -26,6 +26,8 @@ SHAPES = [
     (130, 2, 2, 16, 64, 140),
     (500, 2, 2, 24, 64, 64),
     (65, 1, 2, 16, 64, 64),
+    (300, 3, 2, 24, 72, 88),
+    (150, 2, 2, 16, 24, 136),
 ]
 # n_in, n_out, rank, s of products that read the same 120 features: two and three, other grids and ranks, ragged tiles
 GROUPS = [
@@ -154,7 +156,7 @@ def test_first_halves_in_tf32(shape: tuple[int, ...], monkeypatch: pytest.Monkey
 
 
 def test_no_first_half_in_tf32_where_a_library_is_faster() -> None:
-    for shape in ((130, 2, 3, 48, 60, 20), (70, 1, 1, 16, 64, 64)):  # blocks that no descriptor takes; a single tile
+    for shape in ((130, 2, 3, 48, 61, 20), (70, 1, 1, 16, 64, 64)):  # blocks that no descriptor takes; a single tile
         x, R, _, t, _ = operands(*shape, dtype=torch.float32)
         assert not launch.first_half(x, R, t)
         assert t.isnan().all()
@@ -231,13 +233,13 @@ def test_few_tokens(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize(("with_bias", "gated", "activation"), EPILOGUES)
-@pytest.mark.parametrize("kernel", ["few", "tiles", "persistent", "fused"])
+@pytest.mark.parametrize("kernel", ["few", "tiles", "persistent", "fused", "fused, ragged"])
 def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -> None:
-    tokens, s = (40, 50) if kernel in ("few", "tiles") else (130, 128)
+    tokens, s = (40, 50) if kernel in ("few", "tiles") else (130, 72 if "ragged" in kernel else 128)
     x, R, L, t, y = operands(tokens, 2, 2, 24, 64, s)
     bias = torch.randn(2 * s, dtype=torch.float16, device=DEVICE) if with_bias else None
     gate = torch.randn(tokens, 2 * s + 8, dtype=torch.float16, device=DEVICE)[:, : 2 * s] if gated else None
-    if kernel == "fused":
+    if "fused" in kernel:
         launch.whole(x, R, L, y, bias, gate, activation)
     elif kernel == "few":
         launch.few(x, R, L, y, bias, gate, activation)
@@ -258,6 +260,8 @@ def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -
         (130, 1, 2, 90, 64, 128),
         (520, 2, 2, 96, 64, 64),
         (600, 1, 2, 120, 128, 64),
+        (70, 3, 2, 16, 40, 24),
+        (130, 2, 3, 72, 96, 104),
     ],
 )
 def test_one_kernel_for_the_whole_product(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,12 @@ def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
 
 
 def without_copies(
-    first: str, second: str, first_aligned: bool = True, second_aligned: bool = True
+    first: str,
+    second: str,
+    first_aligned: bool = True,
+    second_aligned: bool = True,
+    first_whole: bool = True,
+    second_whole: bool = True,
 ) -> tuple[Kernel, ...]:
     """Kernels of the product, forward, where each one writes what the next one reads, as on a GPU.
 
@@ -86,19 +91,21 @@ def without_copies(
     Args:
         first: ``"joined"``: one call, for a single column of blocks. ``"strided"``: one call for every row of
             blocks. ``"own"``: a kernel of this library that stores block-transposed.
-        second: ``"library"`` or ``"own"``; ``"none"``: the first half alone.
+        second: ``"library"``, ``"own"``, or ``"early"``, which is launched before the first half ends; ``"none"``: the
+            first half alone.
         first_aligned: See ``Product``.
         second_aligned: Likewise.
+        first_whole: Likewise.
+        second_whole: Likewise.
     """
-    firsts = {
-        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank, aligned=first_aligned),
-        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, aligned=first_aligned),
-        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True, aligned=first_aligned),
-    }
+    by_rows = {"launches": nblocks_out} if first == "strided" else {}
+    width = rank if first == "strided" else nblocks_out * rank
+    aligned = {"aligned": first_aligned, "whole": first_whole}
+    former = Product(nblocks_in, tokens, p, width, own=first == "own", **by_rows, **aligned)
     if second == "none":
-        return (firsts[first],)
-    last = Product(nblocks_out, tokens, nblocks_in * rank, s, own=second == "own", aligned=second_aligned)
-    return firsts[first], last
+        return (former,)
+    aligned, is_own = {"aligned": second_aligned, "whole": second_whole}, second != "library"
+    return former, Product(nblocks_out, tokens, nblocks_in * rank, s, own=is_own, early=second == "early", **aligned)
 
 
 def factor_gradients(first_aligned: bool = True, second_aligned: bool = True) -> tuple[Kernel, ...]:
@@ -131,9 +138,9 @@ def epilogue() -> tuple[Kernel, ...]:
     return (Epilogue(tokens * nblocks_out * s),)
 
 
-def fused(rows: int, tokens_each: int) -> tuple[Kernel, ...]:
+def fused(rows: int, tokens_each: int, whole: bool = True) -> tuple[Kernel, ...]:
     """The kernel that runs a whole product; see ``Fused``. For inference alone."""
-    return (Fused(rows, tokens_each),)
+    return (Fused(rows, tokens_each, whole),)
 
 
 def flops(kernels: Iterable[Kernel]) -> Expr:

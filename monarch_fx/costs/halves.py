@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from monarch_fx.costs.kernel import TF32_GRADIENTS
 from monarch_fx.kernels import choice
-from monarch_fx.kernels.padding import PADDED_TOKENS, ROW, SIDE_ROW, padded_rank, padded_side
+from monarch_fx.kernels.padding import PADDED_TOKENS, ROW, TF32_ROW, padded_rank, padded_sides
 from monarch_fx.structure import MonarchShape
 
 Seconds = float | NDArray[np.float64]
@@ -39,7 +39,7 @@ class Halves:
         def at(of: MonarchShape) -> Seconds:
             return self._halves(of, self._second(shape, of, bias, activated)) + self._copies(shape, of)
 
-        return self._padded(shape, at, sides=False)
+        return self._padded(shape, at)
 
     def training(self, shape: MonarchShape, bias: bool = False) -> Seconds:
         """Both halves forward and backward, and the gradients of the factors."""
@@ -50,21 +50,20 @@ class Halves:
             backward = self._halves(turned, self._second(turned, turned)) + self._gradients(of)
             return forward + backward + 2 * self._copies(shape, of)  # gradients are cut
 
-        return self._padded(shape, at, sides=True)
+        return self._padded(shape, at, trained=True)
 
     def first(self, shape: MonarchShape) -> Seconds:
         """The first half alone, forward."""
-        return self._padded(shape, lambda of: self._halves(of, "none"), sides=False)
+        return self._padded(shape, lambda of: self._halves(of, "none"))
 
-    def _padded(self, shape: MonarchShape, at: Callable[[MonarchShape], Seconds], *, sides: bool) -> Seconds:
-        """``at`` the sizes that are computed with: ranks, and with ``sides`` p and s, are padded for many tokens."""
+    def _padded(self, shape: MonarchShape, at: Callable[[MonarchShape], Seconds], *, trained: bool = False) -> Seconds:
+        """``at`` the sizes that are computed with: ranks, p and s are padded for many tokens."""
         n_out, n_in, own = shape.nblocks_out, shape.nblocks_in, (shape.rank, shape.p, shape.s)
 
         def of(rank: int, p: int, s: int) -> MonarchShape:
             return MonarchShape(n_in * p, n_out * s, n_out, n_in, rank)
 
-        rank = padded_rank(shape.rank)
-        sizes = (rank, *(padded_side(n_in, n_out, size) if sides else size for size in own[1:]))
+        sizes = (padded_rank(shape.rank), *padded_sides(n_in, n_out, *own, trained=trained, in_tf32=self.in_tf32))
         few = at(of(*own))
         return few if sizes == own else np.where(self.rows < PADDED_TOKENS, few, at(of(*sizes)))
 
@@ -76,11 +75,8 @@ class Halves:
     def _halves(self, of: MonarchShape, second: str) -> Seconds:
         """The lowering of many tokens, and that of few ones."""
 
-        def aligned(kernel: str, side: int) -> bool:
-            return is_aligned(ROW, of.rank) and is_aligned(SIDE_ROW if kernel == "own" else ROW, side)
-
         def many(first: str) -> Seconds:
-            return self.seconds(of, "without_copies", first, second, aligned(first, of.p), aligned(second, of.s))
+            return self.seconds(of, "without_copies", first, second, *self._are_aligned(of), *self._are_whole(of))
 
         if of.nblocks_in == 1:
             time_s = many("joined")
@@ -88,21 +84,32 @@ class Halves:
             time_s = many("own")
             if self.in_tf32:
                 enough = choice.tf32_tokens(of.nblocks_out * of.rank, of.nblocks_in, self.units)
-                has_kernel = (self.rows >= enough) & (of.p % 64 == 0)
+                has_kernel = (self.rows >= enough) & (of.p % TF32_ROW == 0)
                 time_s = np.where(has_kernel, time_s, many("strided"))
-            elif of.p % 64:
+            elif of.p % ROW:
                 is_large = 2 * self.rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
                 time_s = np.where(is_large, many("strided"), time_s)
             least = choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p)
             if math.isfinite(least):
                 time_s = np.where(self.rows >= least, many("strided"), time_s)
-        few = self.seconds(of, "without_copies", "own", "none" if second == "none" else "own")
+        second = "none" if second == "none" else "early"
+        few = self.seconds(of, "without_copies", "own", second, is_aligned(2, of.p), is_aligned(2, of.s))
         return np.where(self.rows <= choice.FEW_TOKENS, few, time_s)
+
+    def _are_aligned(self, of: MonarchShape) -> tuple[bool, bool]:
+        """Whether rows of all operands of each half are."""
+        row = TF32_ROW if self.in_tf32 else ROW
+        return is_aligned(row, of.rank, of.p), is_aligned(row, of.rank, of.s)
+
+    def _are_whole(self, of: MonarchShape) -> tuple[bool, bool]:
+        """Whether rows of x, and of the result, are no odd multiples of 16 bytes."""
+        row = TF32_ROW if self.in_tf32 else ROW
+        return of.p % (2 * row) != row, of.s % (2 * row) != row
 
     def _gradients(self, of: MonarchShape) -> Seconds:
         """Of both factors."""
         time_s = self.seconds(of, "factor_gradients")
-        aligned = is_aligned(ROW, of.rank, of.p), is_aligned(ROW, of.rank, of.s)
+        aligned = self._are_aligned(of)
         if not all(aligned):
             unaligned = self.seconds(of, "factor_gradients", *aligned)
             time_s = np.where(self.rows <= choice.FEW_TOKENS, time_s, unaligned)

@@ -45,6 +45,7 @@ MOST_PARTS = 64
 MOST_PARTS_OF_BATCHES = 4
 # Times as long as with rows that start at multiples of 16 bytes: 1.1 to 5.9 on an H100, larger for odd numbers
 UNALIGNED = 3
+HALF_SECTORS = 1.3  # times as long where rows of x or of results are an odd multiple of 16 bytes; padded-sides-h100
 UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster memory was no faster than an H100
 # Speed in TF32 of what isn't a product of rows along the sums, over that of what is; read off 66 products of tf32-gpu
 TF32_GRADIENTS = 0.6
@@ -59,7 +60,9 @@ ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 class Product:
     """``batch`` products (m, k) @ (k, n) in one launch, ``launches`` times; ``own``: by a kernel of this library.
 
-    ``aligned``: whether all rows of operands and result start at multiples of 16 bytes.
+    ``aligned``: whether all rows of operands and result start at multiples of 16 bytes; ``whole``: whether those of x
+    and the result aren't odd multiples of them, since memory hands out 32. ``early``: whether a kernel of this library
+    is launched while the one before it still runs.
     """
 
     batch: Expr
@@ -69,6 +72,8 @@ class Product:
     launches: Expr = sympy.S.One
     own: bool = False
     aligned: bool = True
+    whole: bool = True
+    early: bool = True
 
     @property
     def flops(self) -> Expr:
@@ -96,7 +101,10 @@ class Product:
         filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. This library's own kernels have
         constants of their own, and take the fastest of several tiles. Of few activations a part comes from a cache.
         """
-        launch, hidden = (kernel_launch_s, kernel_overlap) if self.own else (launch_s, overlap)
+        launch, hidden = (
+            kernel_launch_s if self.own and self.early else launch_s,
+            kernel_overlap if self.own else overlap,
+        )
         if self.own:
             compute_s = Min(*(self._in_tiles_s(rows * tile, columns * tile) for rows, columns in OWN_TILES))
         else:
@@ -107,7 +115,8 @@ class Product:
             traffic_s = from_memory / bandwidth_bytes_per_s
         else:
             traffic_s = (self._activation_bytes + self._weight_bytes) * UNALIGNED_FLOPS_PER_BYTE / peak_flops
-        return self.launches * (launch + _slowed(_overlapped(compute_s, traffic_s, hidden), self.aligned))
+        time_s = _overlapped(compute_s, traffic_s, hidden) * (1 if self.whole else HALF_SECTORS)
+        return self.launches * (launch + _slowed(time_s, self.aligned))
 
     def _in_tiles_s(self, rows: Expr, columns: Expr) -> Expr:
         """Of a kernel of this library with such tiles: small ones do less with every operand that they take in."""
@@ -134,6 +143,7 @@ class Fused:
 
     rows: int  # of factors that a program computes with, for the rank
     tokens_each: int  # of a program
+    whole: bool = True  # as of ``Product``
 
     @property
     def flops(self) -> Expr:
@@ -150,13 +160,14 @@ class Fused:
     def seconds(self) -> Expr:
         """As of ``Product``, with several programs on each unit; each reads its rows of x and factors from a cache."""
         at_once, programs = fused_programs(self.rows) * units, ceil_div(tokens, self.tokens_each) * nblocks_out
-        program = 2 * self.tokens_each * nblocks_in * self.rows * (p + s)
+        columns = tile * (ceil_div(p, tile) + ceil_div(s, tile))
+        program = 2 * self.tokens_each * nblocks_in * self.rows * columns
         compute_s = ceil_div(programs, at_once) * at_once * program / (peak_flops * fused_efficiency)
         memory_s = self.bytes_moved / bandwidth_bytes_per_s
         read = nblocks_in * (self.tokens_each * p + rank * (p + s))
         cache_s = dtype_bytes * programs * read / (CACHE_SPEED * bandwidth_bytes_per_s)
         traffic_s = _overlapped(memory_s, cache_s, kernel_overlap)
-        return kernel_launch_s + _overlapped(compute_s, traffic_s, kernel_overlap)
+        return kernel_launch_s + _overlapped(compute_s, traffic_s, kernel_overlap) * (1 if self.whole else HALF_SECTORS)
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,8 @@ def monarch_seconds(
     least = choice.fused_tokens(n_in, n_out, rank, shape.p, shape.s, profile.units)
     if profile.fused_efficiency > 0 and dtype != "tf32" and math.isfinite(least):
         held = max(choice.FUSED_WHOLE, sum(choice.fused_ranks(rank)))  # fewer take as long
-        small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS) for count in (1, 2))
+        whole = shape.p % (2 * ROW) == shape.s % (2 * ROW) == 0
+        small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS, whole) for count in (1, 2))
         fused = np.where(rows >= choice.fused_large_tokens(n_in, n_out, held, profile.units), large, small)
         forward = np.where(rows >= least, fused, forward)
     if workload == "training":

@@ -114,17 +114,26 @@ def products(
         dtype = _dtype(x)
         x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
         bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
-    rows = x.reshape(-1, x.shape[-1])
-    if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate)):
-        y = _padded_differentiable(rows, R, L, bias, recompute)  # an activation's own gradient is PyTorch's
-        y = y.reshape(*x.shape[:-1], y.shape[-1])
-        return reference.activated(y, gate, activation)
+    trained = torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate))
+    run = functools.partial(_differentiable, recompute=recompute) if trained else _plain
+    rows, n_out, s = x.reshape(-1, x.shape[-1]), L.shape[0], L.shape[3]
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
-    if gate is None and activation == "none" and _is_open(rows, R, L):
-        y = reference.monarch_bmm(rows, R, L, bias)
+    if not padding.are_few(rows.shape[0]):  # around the product, so that gradients are cut by autograd
+        rows, R, L = padding.pad_all(rows, R, L, trained=trained)
+    if L.shape[3] == s:
+        y = run(rows, R, L, bias, gate, activation)
     else:
-        y = product(rows, R, L, bias, gate, activation)
-    return y.reshape(*x.shape[:-1], y.shape[-1])
+        y = run(rows, R, L, None, None, "none").unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
+        y = reference.finished(y, None if bias is None else bias.unflatten(0, (n_out, s)), None).flatten(1)
+        y = reference.activated(y, gate, activation)
+    return y.reshape(*x.shape[:-1], n_out * s)
+
+
+def _plain(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
+    """x (tokens, n_in * p) -> (tokens, n_out * s), without gradients."""
+    if gate is None and activation == "none" and _is_open(x, R, L):
+        return reference.monarch_bmm(x, R, L, bias)
+    return product(x, R, L, bias, gate, activation)
 
 
 def _is_open(x: Tensor, R: Tensor, L: Tensor) -> bool:
@@ -144,23 +153,15 @@ def _are_many(rows: Tensor) -> bool:
     return bool(statically_known_true(rows.shape[0] > FEW_TOKENS))
 
 
-def _padded_differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
-    """x (tokens, n_in * p) -> (tokens, n_out * s); padded around the product, so that gradients are cut by autograd."""
-    (n_out, _, rank, s), p = L.shape, R.shape[3]
-    if not padding.is_aligned(rank, p, s) and not padding.are_few(x.shape[0]):
-        x, R, L = padding.pad_all(x, R, L)
-    if L.shape[3] == s:
-        return _differentiable(x, R, L, bias, recompute)
-    y = _differentiable(x, R, L, None, recompute).unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
-    bias = None if bias is None else bias.unflatten(0, (n_out, s))
-    return reference.finished(y, bias, None).flatten(1)
-
-
-def _differentiable(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
-    """x (tokens, n_in * p) -> (tokens, n_out * s). Of low rank compilers see the library's products (``_is_open``)."""
+def _differentiable(
+    x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, *, recompute: bool
+) -> Tensor:
+    """As ``_plain``, with gradients. Of low rank compilers see the library's products (``_is_open``)."""
     if R.shape[0] == R.shape[1] == 1 and not recompute:
-        return reference.monarch_bmm(x, R, L, bias)
-    return _Differentiable.apply(x, R, L, bias, recompute)
+        y = reference.monarch_bmm(x, R, L, bias)
+    else:
+        y = _Differentiable.apply(x, R, L, bias, recompute)
+    return reference.activated(y, gate, activation)  # whose own gradient is PyTorch's
 
 
 def products_together(

@@ -6,6 +6,7 @@ What a launch needs besides addresses follows from sizes, and is worked out once
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -31,7 +32,6 @@ from monarch_fx.kernels.choice import (
     second_tile,
     tf32_tokens,
 )
-from monarch_fx.kernels.padding import ROW
 
 INTERPRETED = triton.knobs.runtime.interpret
 FUSED_N, FUSED_K = 64, 64
@@ -263,7 +263,7 @@ def first_launch(
 ) -> Launch | None:
     n_in, n_out, rank, p = factor
     width = n_out * rank
-    described = p % 64 == 0 and aligned and _describable(dtype, device, stride_x, p)
+    described = aligned and _describable(dtype, device, stride_x, p)
     if 2 * tokens * n_in * width * p >= STRIDED_FLOPS and not described:  # cuBLAS is faster than plain tiles
         return None
     are_many = tokens > FEW_TOKENS
@@ -279,17 +279,17 @@ def first_launch(
     if tile.per_unit:
         most = tile.per_unit * units(device)  # a constant: one that went with the tokens would compile anew for each
         layouts = {
-            0: ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
+            0: ([n_in, tokens, p], [p, stride_x, 1], [1, tile.M, tile.K]),
             1: ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
         }
-        row = ROW if all(size % ROW == 0 for size in (rank, *strides)) else 1
-        options |= {"N_IN": n_in, "UNITS": most, "ROW": row}
+        options |= {"N_IN": n_in, "UNITS": most}
         walkers = min(tile.count(tokens, width, n_in), most)
-        rows = (size // row for size in (width, rank, *strides))
-        return Launch(persistent.first, (walkers,), layouts, (tokens, p, *rows), options, aligned)
+        row, parts = _in_parts(dtype, width, rank, *strides)
+        return Launch(persistent.first, (walkers,), layouts, (tokens, p, *parts), {**options, "ROW": row}, aligned)
     grid = triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M)
     options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
-    return Launch(tiles.first, grid, {}, (tokens, p, width, rank, stride_x, *strides), options, aligned)
+    row, parts = _in_parts(dtype, p, width, rank, stride_x, *strides)
+    return Launch(tiles.first, grid, {}, (tokens, *parts), {**options, "ROW": row}, aligned)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -323,8 +323,8 @@ def second_launch(
         return Launch(persistent.second, (walkers,), layouts, (tokens, depth, s, stride_gate), options, aligned)
     grid = triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M)
     options["EVEN"] = depth % tile.K == 0 and s % tile.N == 0
-    numbers = tokens, depth, s, strides_t[1], strides_t[0], stride_y, stride_gate
-    return Launch(tiles.second, grid, {}, numbers, options, aligned)
+    row, parts = _in_parts(dtype, depth, s, strides_t[1], strides_t[0], stride_y, stride_gate)
+    return Launch(tiles.second, grid, {}, (tokens, *parts), {**options, "ROW": row}, aligned)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -340,8 +340,7 @@ def whole_launch(
 ) -> Launch | None:
     n_in, n_out, rank, p = factor
     stride_x, stride_y, stride_gate = strides
-    described = aligned and _describable(dtype, device, stride_x, p, s, stride_y)
-    if not described or p % FUSED_K or s % FUSED_N:
+    if not (aligned and _describable(dtype, device, stride_x, p, s, stride_y)):
         return None
     held = fused_ranks(rank)
     is_large = tokens >= fused_large_tokens(n_in, n_out, sum(held), units(device))
@@ -349,10 +348,10 @@ def whole_launch(
     R = [n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1]
     L = [n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1]
     layouts = {
-        0: ([tokens, n_in * p], [stride_x, 1], [rows, FUSED_K]),
+        0: ([n_in, tokens, p], [p, stride_x, 1], [1, rows, FUSED_K]),
         **{1 + i: (*R, [1, 1, part or held[0], FUSED_K]) for i, part in enumerate(held)},
         **{3 + i: (*L, [1, 1, part or held[0], FUSED_N]) for i, part in enumerate(held)},
-        5: ([tokens, n_out * s], [stride_y, 1], [rows, FUSED_N]),
+        5: ([n_out, tokens, s], [s, stride_y, 1], [1, rows, FUSED_N]),
     }
     options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held[0], "REST": held[1], **_early(device), **_constants(kinds)}
     options |= {"M": rows, "N": FUSED_N, "K": FUSED_K, "STAGES": fused_stages(sum(held), rows), "num_warps": 4}
@@ -374,9 +373,9 @@ def first_launch_together(
     tile = first_tile(tokens, columns, 1, units(device), described=False)
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
-    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
-    numbers = tokens, stride_x, *filled(p), *filled(width), *filled(rank), *filled(n_in)
-    return Launch(together.first, (programs,), {}, numbers, options, aligned)
+    row, parts = _in_parts(dtype, stride_x, *filled(p), *filled(width), *filled(rank))
+    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
+    return Launch(together.first, (programs,), {}, (tokens, *parts, *filled(n_in)), options, aligned)
 
 
 def second_launch_together(
@@ -393,10 +392,10 @@ def second_launch_together(
     tile = second_tile(tokens, columns, max(depth), 1, units(device), described=False, activated=False, gated=False)
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(s, n_out, strict=True))
-    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even)}
+    row, parts = _in_parts(dtype, *filled(depth), *filled(s))
+    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
     options |= {"BIAS": _bits(biases), "FAST": not INTERPRETED}
-    numbers = tokens, *filled(depth), *filled(s), *filled(n_out)
-    return Launch(together.second, (programs,), {}, numbers, options, aligned)
+    return Launch(together.second, (programs,), {}, (tokens, *parts, *filled(n_out)), options, aligned)
 
 
 def gated_launch(
@@ -415,10 +414,11 @@ def gated_launch(
     if s[0] != s[1] and (s[0] % tile.N or s[1] % tile.N):
         return None
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
-    options = {**_options(tile, device), "EVEN": _bits(even), "BIAS": _bits(biases)}
+    row, parts = _in_parts(dtype, *depth, *s)
+    options = {**_options(tile, device), "EVEN": _bits(even), "ROW": row, "BIAS": _bits(biases)}
     options |= {"ACT": activation, "FAST": not INTERPRETED}
     grid = triton.cdiv(s[1], tile.N), n_out[1]
-    return Launch(together.gated, grid, {}, (tokens, *depth, *s, n_out[1]), options, aligned)
+    return Launch(together.gated, grid, {}, (tokens, *parts, n_out[1]), options, aligned)
 
 
 def filled(values: Sequence[Any]) -> Sequence[Any]:
@@ -457,6 +457,12 @@ def _describable(dtype: torch.dtype, device: torch.device, *strides: int) -> boo
     """Whether tensors with these strides, the last ones aside, can have descriptors."""
     steps = all(stride > 0 and stride * dtype.itemsize % ALIGNED == 0 for stride in strides)
     return steps and has_hopper_features(device)
+
+
+def _in_parts(dtype: torch.dtype, *sizes: int) -> tuple[int, list[int]]:
+    """A kernel's ``ROW``, and the sizes in parts of it: as many numbers as divide them all, up to ``ALIGNED`` bytes."""
+    row = math.gcd(ALIGNED // dtype.itemsize, *sizes)
+    return row, [size // row for size in sizes]
 
 
 def _options(tile: Tile, device: torch.device) -> dict[str, Any]:

@@ -1,19 +1,22 @@
 """Zeros where rows of operands that don't start at multiples of 16 bytes would make a product of many tokens slow.
 
-The rule was read off 38 products of 49 to 4098 features, 4096 and 98304 tokens, on an H100 in bfloat16. Copies of
-factors cost little: a rank that is no multiple of 8 made products 1.5 to 5 times as slow. Copies of activations pay
-in training where p or s are no multiples of 4 (1.2 to 7.7 times as fast); in inference they mostly don't (0.6 to 1.1).
+The rules were read off 39 products of 49 to 60000 features, 1024 to 98304 tokens, on an H100 in bfloat16
+(benchmarks/results/padded-sides-h100). Copies of factors cost little. Copies of activations pay in training; in
+inference they do where sizes are odd, which are the slowest, and sums long.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-ROW = 8  # numbers of 16 bytes, which kernels load and store at once
-SIDE_ROW = 16  # what p and s are padded to where a kernel of this library computes with them
-HALF_ROW = 4  # with which products are fast enough as they are, where padding takes copies of activations
+ROW = 8  # numbers of 16 bytes, which kernels load and store at once, in half precision
+TF32_ROW = 4  # and in float32
+SIDE_ROW = 16  # what p and s are padded to where they are; low rank, a library's alone, to ``ROW``
+LOW_RANK_ROW = 4  # with which low rank is fast enough as it is in training
+LONG_SUMS = 256  # over ranks, of one number of x or of the result
 PADDED_TOKENS = 512  # from which copies of factors cost less than they save
 
 
@@ -22,14 +25,21 @@ def padded_rank(rank: int) -> int:
     return _up(rank, ROW)
 
 
-def padded_side(n_in: int, n_out: int, size: int) -> int:
-    """p or s that is computed with in training; low rank is a library's alone."""
-    return size if size % HALF_ROW == 0 else _up(size, ROW if n_in == n_out == 1 else SIDE_ROW)
+def padded_sides(n_in: int, n_out: int, rank: int, p: int, s: int, *, trained: bool, in_tf32: bool) -> tuple[int, int]:
+    """p and s that are computed with; ``trained``: gradients are wanted."""
+    is_low = n_in == n_out == 1
+    row = LOW_RANK_ROW if is_low else TF32_ROW if in_tf32 else ROW
+
+    def padded(size: int, terms: int) -> int:
+        fits = size % row == 0 if trained else size % 2 == 0 or terms < LONG_SUMS
+        return size if fits else _up(size, ROW if is_low else SIDE_ROW)
+
+    return padded(p, n_out * rank), padded(s, n_in * rank)
 
 
-def is_aligned(rank: int, p: int = 0, s: int = 0) -> bool:
-    """Whether nothing is padded."""
-    return not (rank % ROW or p % HALF_ROW or s % HALF_ROW)
+def is_aligned(rank: int) -> bool:
+    """Whether the rank isn't padded."""
+    return rank % ROW == 0
 
 
 def pad_ranks(R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,14 +48,17 @@ def pad_ranks(R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     return _pad(R, wanted, R.shape[3]), _pad(L, wanted, L.shape[3])
 
 
-def pad_all(x: Tensor, R: Tensor, L: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x (tokens, n_in * p) and both factors with zeros behind ranks, p and s; for products with gradients."""
+def pad_all(x: Tensor, R: Tensor, L: Tensor, *, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x (tokens, n_in * p) and both factors with zeros behind p and s, and ranks where those or gradients are."""
     n_in, n_out, rank, p = R.shape
-    rank, s = padded_rank(rank), padded_side(n_in, n_out, L.shape[3])
-    R_padded, L = _pad(R, rank, padded_side(n_in, n_out, p)), _pad(L, rank, s)
-    if R_padded.shape[3] != p:
-        x = F.pad(x.unflatten(1, (n_in, p)), (0, R_padded.shape[3] - p)).flatten(1)
-    return x, R_padded, L
+    in_tf32 = x.dtype == torch.float32
+    wider, s = padded_sides(n_in, n_out, rank, p, L.shape[3], trained=trained, in_tf32=in_tf32)
+    if not trained and (wider, s) == (p, L.shape[3]):  # ranks alone are padded where tokens are counted
+        return x, R, L
+    rank = padded_rank(rank)
+    if wider > p:
+        x = F.pad(x.unflatten(1, (n_in, p)), (0, wider - p)).flatten(1)
+    return x, _pad(R, rank, wider), _pad(L, rank, s)
 
 
 def are_few(tokens: int) -> bool:

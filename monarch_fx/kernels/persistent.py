@@ -42,14 +42,14 @@ def first(
     N_IN: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ROW: tl.constexpr, UNITS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c]; p is a multiple of K.
+    """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c].
 
-    ``width``, ``rank`` and strides are given in parts of ``ROW``: of a number Triton knows at most that 16 divides it.
+    ``width``, ``rank`` and strides are given in parts of ``ROW``, as in ``tiles``.
     """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    width, rank = width * ROW, rank * ROW
+    width, rank, stride_t, stride_j = width * ROW, rank * ROW, stride_t * ROW, stride_j * ROW
     tiles_m = tl.cdiv(tokens, M)
     tiles_n = tl.cdiv(width, N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * N_IN, UNITS, flatten=True):
@@ -58,13 +58,13 @@ def first(
         row, column = begin(row, M, tokens), begin(column, N, width)
         acc = tl.zeros((M, N), tl.float32)
         for c in range(0, p, K):
-            a = x_desc.load([row, k * p + c])
+            a = x_desc.load([k, row, c]).reshape(M, K)
             b = r_desc.load([k, column, c]).reshape(N, K)
             acc = tl.dot(a, b.T, acc)
         n = column + tl.arange(0, N)  # over j and i
         m = row + tl.arange(0, M)
-        to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j * ROW
-        to += m[:, None].to(tl.int64) * stride_t * ROW + (k * rank + n % rank)[None, :]
+        to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j
+        to += m[:, None].to(tl.int64) * stride_t + (k * rank + n % rank)[None, :]
         tl.store(
             to, acc.to(t_ptr.dtype.element_ty), mask=(m[:, None] < tokens) & (own <= n[None, :]) & (n[None, :] < width)
         )

@@ -3,6 +3,9 @@
 The first stores its result block-transposed, which the second reads as plain rows. Both read every byte of their factor
 once for each tile of tokens: with few tokens they run at the speed of reading the weights. The second one is launched
 while the first one ends (programmatic dependent launch), where the GPU can do that.
+
+Sizes and strides are given in parts of ``ROW`` numbers: of a number Triton knows at most that 16 divides it, but rows
+of 16 bytes are enough to be loaded and stored at once.
 """
 
 from __future__ import annotations
@@ -18,12 +21,15 @@ from monarch_fx.kernels.epilogue import finished
 def first(
     x_ptr, r_ptr, t_ptr,
     tokens, p, width, rank, stride_x, stride_t, stride_j,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, ROW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c]; a program has one k."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
+    p, width, rank, stride_x, stride_t, stride_j = (
+        p * ROW, width * ROW, rank * ROW, stride_x * ROW, stride_t * ROW, stride_j * ROW
+    )  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)  # over j and i
     m = tl.program_id(2) * M + tl.arange(0, M)
     k = tl.program_id(1)
@@ -59,12 +65,15 @@ def first_tile(
 def second(
     t_ptr, l_ptr, y_ptr, bias_ptr, gate_ptr,
     tokens, depth, s, stride_t, stride_j, stride_y, stride_gate,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, ROW: tl.constexpr, PDL: tl.constexpr,
     BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """y[token, j * s + n] = sum_d t[j, token, d] L[j, d, n]; a program has one j."""
     if PDL:
         gdc_wait()
+    depth, s, stride_t, stride_j, stride_y, stride_gate = (
+        depth * ROW, s * ROW, stride_t * ROW, stride_j * ROW, stride_y * ROW, stride_gate * ROW
+    )  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
     m = tl.program_id(2) * M + tl.arange(0, M)
     j = tl.program_id(1).to(tl.int64)

@@ -1,7 +1,7 @@
 """Few tokens with several products that read the same ones: one launch for all first halves, one for all second ones.
 
 A token's product is two short kernels, and a small one leaves most of a GPU idle. A program here finds by its number
-which product's tile it has; the tiles are those of ``tiles``, in one row.
+which product's tile it has; the tiles are those of ``tiles``, in one row, and so are sizes in parts of ``ROW``.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from monarch_fx.kernels.tiles import first_tile, second_sums, second_tile
 def first(
     x_ptr, r0_ptr, r1_ptr, r2_ptr, t0_ptr, t1_ptr, t2_ptr,
     tokens, stride_x, p0, p1, p2, width0, width1, width2, rank0, rank1, rank2, n_in0, n_in1, n_in2,
-    COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, ROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """As ``tiles.first``, for COUNT products; bit i of EVEN: no tile of product i is cut off."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     r, t = (r0_ptr, r1_ptr, r2_ptr), (t0_ptr, t1_ptr, t2_ptr)
-    p, width, rank, n_in = (p0, p1, p2), (width0, width1, width2), (rank0, rank1, rank2), (n_in0, n_in1, n_in2)
+    p, width = (p0 * ROW, p1 * ROW, p2 * ROW), (width0 * ROW, width1 * ROW, width2 * ROW)
+    rank, n_in = (rank0 * ROW, rank1 * ROW, rank2 * ROW), (n_in0, n_in1, n_in2)
     m = tl.arange(0, M)
     tile = tl.program_id(0)
     for i in tl.static_range(COUNT):
@@ -35,7 +37,7 @@ def first(
             depth = n_in[i] * rank[i]
             first_tile(
                 x_ptr, r[i], t[i], m, n, tile // columns,
-                tokens, p[i], width[i], rank[i], stride_x, depth, tokens * depth, M, N, K, (EVEN >> i) & 1,
+                tokens, p[i], width[i], rank[i], stride_x * ROW, depth, tokens * depth, M, N, K, (EVEN >> i) & 1,
             )  # fmt: skip
         tile -= columns * n_in[i]
 
@@ -44,8 +46,8 @@ def first(
 def second(
     t0_ptr, t1_ptr, t2_ptr, l0_ptr, l1_ptr, l2_ptr, y0_ptr, y1_ptr, y2_ptr, bias0_ptr, bias1_ptr, bias2_ptr,
     tokens, depth0, depth1, depth2, s0, s1, s2, n_out0, n_out1, n_out2,
-    COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
-    BIAS: tl.constexpr, FAST: tl.constexpr,
+    COUNT: tl.constexpr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, ROW: tl.constexpr,
+    PDL: tl.constexpr, BIAS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """As ``tiles.second``, for COUNT products; bit i of BIAS: product i has one."""
     if PDL:
@@ -53,7 +55,8 @@ def second(
     t, w, y, bias = (
         (t0_ptr, t1_ptr, t2_ptr), (l0_ptr, l1_ptr, l2_ptr), (y0_ptr, y1_ptr, y2_ptr), (bias0_ptr, bias1_ptr, bias2_ptr)
     )  # fmt: skip
-    depth, s, n_out = (depth0, depth1, depth2), (s0, s1, s2), (n_out0, n_out1, n_out2)
+    depth, s = (depth0 * ROW, depth1 * ROW, depth2 * ROW), (s0 * ROW, s1 * ROW, s2 * ROW)
+    n_out = n_out0, n_out1, n_out2
     m = tl.arange(0, M)
     tile = tl.program_id(0)
     for i in tl.static_range(COUNT):
@@ -73,12 +76,13 @@ def second(
 def gated(
     t0_ptr, t1_ptr, l0_ptr, l1_ptr, y_ptr, bias0_ptr, bias1_ptr,
     tokens, depth0, depth1, s0, s1, n_out1,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, ROW: tl.constexpr, PDL: tl.constexpr,
     BIAS: tl.constexpr, ACT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """y = act(product 0) * product 1; s0 is s1, or both are multiples of N: a tile lies in one block of each."""
     if PDL:
         gdc_wait()
+    depth0, depth1, s0, s1 = depth0 * ROW, depth1 * ROW, s0 * ROW, s1 * ROW
     m = tl.arange(0, M)
     n = tl.program_id(0) * N + tl.arange(0, N)
     j = tl.program_id(1).to(tl.int64)
