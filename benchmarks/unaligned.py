@@ -1,4 +1,4 @@
-"""Products on a GPU whose blocks or ranks are no multiples of 64, bfloat16, beside dense ones as they are and padded."""
+"""Products on a GPU with blocks or ranks that 64 doesn't divide, bfloat16, beside dense ones as they are and padded."""
 
 from __future__ import annotations
 

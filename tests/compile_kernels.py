@@ -78,6 +78,7 @@ def block(*sizes: int, number: str = "bf16") -> str:
 
 def kernels(arch: int) -> Iterator[tuple[str, int]]:
     new = arch >= 90
+    uneven = {"EVEN": False, "T_ROW": padding.ROW}
     for tile in first_tiles(described=False) | (first_tiles(described=True) if new else set()):
         sizes = {"M": tile.M, "N": tile.N, "K": tile.K, "ROW": padding.ROW, "PDL": new}
         if tile.per_unit:
@@ -85,7 +86,7 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
             blocks = {"x_desc": block(1, tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
             yield f"first {tile}", compiled(arch, persistent.first, constants, tile.warps, tile.stages, **blocks)
         else:
-            yield f"first {tile}", compiled(arch, tiles.first, {**sizes, "EVEN": False}, tile.warps, tile.stages)
+            yield f"first {tile}", compiled(arch, tiles.first, {**sizes, **uneven}, tile.warps, tile.stages)
     for activation, gated in EPILOGUES:
         epilogue = {"BIAS": True, "ACT": activation, "GATED": gated, "FAST": True}
         plain = second_tiles(False, activation, gated)
@@ -121,7 +122,7 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
     epilogue = {"BIAS": False, "ACT": "none", "GATED": False, "FAST": True, "EVEN": False}
     few = itertools.product(FEW_TOKENS, COLUMNS, BLOCKS)
     for tile in {choice.first_tile(*size, UNITS, described=False).holding(4) for size in few}:
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": False, **pdl}
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": False, "T_ROW": pdl["ROW"], **pdl}
         yield f"first {tile} TF32", compiled(arch, tiles.first, constants, tile.warps, tile.stages, "fp32")
     few = itertools.product(FEW_TOKENS, COLUMNS, (64, 256, 1024), BLOCKS)
     features = {"described": False, "activated": False, "gated": False}

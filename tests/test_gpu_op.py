@@ -407,17 +407,26 @@ def test_padded_gradients_of_first_and_second_order(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("trained", [True, False])
-def test_padded_sizes_compile_once_for_all_numbers_of_tokens(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes that the grid doesn't divide, as well: 13 features in two blocks, 19 in three."""
+@pytest.mark.parametrize(("out_features", "grid", "rank"), [(19, (3, 2), 130), (9, (8, 2), 5), (7, (1, 2), 130)])
+def test_padded_sizes_compile_once_for_all_numbers_of_tokens(
+    out_features: int, grid: tuple[int, int], rank: int, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes that the grid doesn't divide, as well: 13 features in two blocks, 19 in three, 9 in eight, some empty."""
     monkeypatch.setattr(gpu, "serves", lambda x, R: True)
-    layer = mfx.MonarchLinear(13, 19, (3, 2), 5, dtype=torch.float64)
+    layer = mfx.MonarchLinear(13, out_features, grid, rank, dtype=torch.float64)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, dynamic=True, fullgraph=True)
     for tokens in (3, 600, 1000):
         x = torch.randn(tokens, 13, dtype=torch.float64)
-        exact = mfx.Monarch(layer.weight.R, layer.weight.L, 13, 19)(x) + layer.bias
+        exact = mfx.Monarch(layer.weight.R, layer.weight.L, 13, out_features)(x) + layer.bias
         with torch.set_grad_enabled(trained):
-            torch.testing.assert_close(compiled(x), exact, rtol=1e-12, atol=1e-12)
+            found = compiled(x)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+        assert found.is_contiguous()
+        if trained:
+            leaves, grad = tuple(layer.parameters()), torch.randn_like(exact)
+            ours, right = (torch.autograd.grad(y, leaves, grad) for y in (found, exact))
+            torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-11)  # sums of up to 1000 terms
     assert counter.frame_count == 1
 
 

@@ -108,8 +108,12 @@ def products(
     gate: Tensor | None,
     activation: str,
     recompute: bool = False,
+    out_features: int | None = None,
 ) -> Tensor:
-    """x (*, n_in * p) -> (*, n_out * s), contiguous; bias (n_out * s,), gate like the result."""
+    """x (*, n_in * p) -> (*, out_features), contiguous; bias (out_features,), gate like the result.
+
+    ``out_features``: all ``n_out * s``, or fewer where the grid pads them.
+    """
     if torch.is_autocast_enabled(x.device.type):
         dtype = _dtype(x)
         x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
@@ -117,16 +121,26 @@ def products(
     trained = torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate))
     run = functools.partial(_differentiable, recompute=recompute) if trained else _plain
     rows, n_out, s = x.reshape(-1, x.shape[-1]), L.shape[0], L.shape[3]
+    out_features = n_out * s if out_features is None else out_features
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
     if not padding.are_few(rows.shape[0]):  # around the product, so that gradients are cut by autograd
         rows, R, L = padding.pad_all(rows, R, L, trained=trained)
-    if L.shape[3] == s:
+    if n_out * L.shape[3] == out_features:
         y = run(rows, R, L, bias, gate, activation)
     else:
-        y = run(rows, R, L, None, None, "none").unflatten(1, (n_out, -1))[..., :s]  # (tokens, n_out, s)
-        y = reference.finished(y, None if bias is None else bias.unflatten(0, (n_out, s)), None).flatten(1)
-        y = reference.activated(y, gate, activation)
-    return y.reshape(*x.shape[:-1], n_out * s)
+        y = _cut(run(rows, R, L, None, None, "none"), L.shape[3], s, out_features)
+        y = reference.activated(reference.finished(y, bias, None), gate, activation)
+    return y.reshape(*x.shape[:-1], out_features)
+
+
+def _cut(y: Tensor, padded: int, s: int, out_features: int) -> Tensor:
+    """The first ``s`` of each ``padded`` columns of y, ``out_features`` of them: a view, or one pass and one back."""
+    n_out = y.shape[1] // padded
+    if n_out == 1 or s == padded:
+        return y[:, :out_features]
+    kept = [max(0, min(s, out_features - j * s)) for j in range(n_out)]
+    pieces = y.split_with_sizes([size for width in kept for size in (width, padded - width)], 1)
+    return torch.cat(pieces[::2], 1)
 
 
 def _plain(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:

@@ -288,8 +288,9 @@ def first_launch(
         return Launch(persistent.first, (walkers,), layouts, (tokens, p, *parts), {**options, "ROW": row}, aligned)
     grid = triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M)
     options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
-    row, parts = _in_parts(dtype, p, width, rank, stride_x, *strides)
-    return Launch(tiles.first, grid, {}, (tokens, *parts), {**options, "ROW": row}, aligned)
+    (row, read), (t_row, written) = _in_parts(dtype, p, stride_x), _in_parts(dtype, width, rank, *strides)
+    options |= {"ROW": row, "T_ROW": t_row}
+    return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
 
 
 @functools.lru_cache(REMEMBERED)

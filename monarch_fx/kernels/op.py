@@ -30,12 +30,11 @@ def _product(
         y = reference.monarch_bmm(x, R, L, bias, out_features=out_features)
         return reference.activated(y, gate, activation)
     x = reference.padded(x, R.shape[0] * R.shape[3])
-    rows = L.shape[0] * L.shape[3]
-    fits = (out_features is None or out_features == rows) and (bias is None or bias.dim() == 1)
-    if fits and gpu.takes_epilogue(x):
+    rows = L.shape[0] * L.shape[3] if out_features is None else out_features
+    if gpu.takes_epilogue(x) and (bias is None or bias.dim() == 1):
         bias = None if bias is None else bias.expand(rows)
-        return gpu.products(x, R, L, bias, gate, activation, recompute)
-    y = reference.finished(gpu.products(x, R, L, None, None, "none", recompute), bias, out_features)
+        return gpu.products(x, R, L, bias, gate, activation, recompute, rows)
+    y = reference.finished(gpu.products(x, R, L, None, None, "none", recompute, rows), bias, None)
     return reference.activated(y, gate, activation)
 
 

@@ -20,16 +20,19 @@ from monarch_fx.kernels.epilogue import finished
 @triton.jit
 def first(
     x_ptr, r_ptr, t_ptr,
-    tokens, p, width, rank, stride_x, stride_t, stride_j,
-    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, ROW: tl.constexpr, PDL: tl.constexpr,
+    tokens, p, stride_x, width, rank, stride_t, stride_j,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr, ROW: tl.constexpr, T_ROW: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c]; a program has one k."""
+    """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c]; a program has one k.
+
+    Sizes of t are in parts of ``T_ROW``.
+    """
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    p, width, rank, stride_x, stride_t, stride_j = (
-        p * ROW, width * ROW, rank * ROW, stride_x * ROW, stride_t * ROW, stride_j * ROW
-    )  # fmt: skip
+    p, stride_x = p * ROW, stride_x * ROW
+    width, rank, stride_t, stride_j = width * T_ROW, rank * T_ROW, stride_t * T_ROW, stride_j * T_ROW
     n = tl.program_id(0) * N + tl.arange(0, N)  # over j and i
     m = tl.program_id(2) * M + tl.arange(0, M)
     k = tl.program_id(1)
