@@ -83,7 +83,7 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
         sizes = {"M": tile.M, "N": tile.N, "K": tile.K, "ROW": padding.ROW, "PDL": new}
         if tile.per_unit:
             constants = {**sizes, "N_IN": 2, "UNITS": UNITS}
-            blocks = {"x_desc": block(1, tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
+            blocks = {"x_desc": block(tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
             yield f"first {tile}", compiled(arch, persistent.first, constants, tile.warps, tile.stages, **blocks)
         else:
             yield f"first {tile}", compiled(arch, tiles.first, {**sizes, **uneven}, tile.warps, tile.stages)
@@ -109,7 +109,7 @@ def kernels(arch: int) -> Iterator[tuple[str, int]]:
                 shape = {"N_IN": count, "N_OUT": count, "RANK": held, "REST": rest}
                 shape["STAGES"] = choice.fused_stages(held + rest, rows)
                 constants = {"M": rows, "N": N, "K": K, "PDL": True, **shape, **epilogue}
-                blocks = {"x_desc": block(1, rows, K), "y_desc": block(1, rows, N)}
+                blocks = {"x_desc": block(rows, K), "y_desc": block(rows, N)}
                 blocks |= {"r_desc": block(1, 1, held, K), "r_rest_desc": block(1, 1, rest or held, K)}
                 blocks |= {"l_desc": block(1, 1, held, N), "l_rest_desc": block(1, 1, rest or held, N)}
                 name = f"fused rank {rank} {rows} {activation} {gated}"
@@ -133,7 +133,7 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
         tile = choice.TF32
         constants = {"M": tile.M, "N": tile.N, "K": tile.K, "N_IN": 2, "UNITS": UNITS, **pdl}
         blocks = {
-            "x_desc": block(1, tile.M, tile.K, number="fp32"),
+            "x_desc": block(tile.M, tile.K, number="fp32"),
             "r_desc": block(1, tile.N, tile.K, number="fp32"),
         }
         yield (

@@ -193,7 +193,7 @@ def fused_tokens(n_in: int, n_out: int, rank: int, p: int, s: int, units: int) -
     """
     small = n_in * p <= FUSED_FEATURES and n_out * s <= FUSED_FEATURES
     few = n_in <= FUSED_BLOCKS and n_out <= FUSED_BLOCKS
-    if not (small and few and rank <= FUSED_RANK and p % 8 == 0 and s % 8 == 0):
+    if not (small and few and rank <= FUSED_RANK and p % 8 == 0 and s % 8 == 0 and s >= 64):
         return math.inf
     return _tokens_of(FUSED_TOKENS, units if n_out > 1 else 3 * units, n_out)
 

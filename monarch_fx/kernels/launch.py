@@ -279,7 +279,7 @@ def first_launch(
     if tile.per_unit:
         most = tile.per_unit * units(device)  # a constant: one that went with the tokens would compile anew for each
         layouts = {
-            0: ([n_in, tokens, p], [p, stride_x, 1], [1, tile.M, tile.K]),
+            0: ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
             1: ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
         }
         options |= {"N_IN": n_in, "UNITS": most}
@@ -341,7 +341,7 @@ def whole_launch(
 ) -> Launch | None:
     n_in, n_out, rank, p = factor
     stride_x, stride_y, stride_gate = strides
-    if not (aligned and _describable(dtype, device, stride_x, p, s, stride_y)):
+    if s < FUSED_N or not (aligned and _describable(dtype, device, stride_x, p, s, stride_y)):
         return None
     held = fused_ranks(rank)
     is_large = tokens >= fused_large_tokens(n_in, n_out, sum(held), units(device))
@@ -349,10 +349,10 @@ def whole_launch(
     R = [n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1]
     L = [n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1]
     layouts = {
-        0: ([n_in, tokens, p], [p, stride_x, 1], [1, rows, FUSED_K]),
+        0: ([tokens, n_in * p], [stride_x, 1], [rows, FUSED_K]),
         **{1 + i: (*R, [1, 1, part or held[0], FUSED_K]) for i, part in enumerate(held)},
         **{3 + i: (*L, [1, 1, part or held[0], FUSED_N]) for i, part in enumerate(held)},
-        5: ([n_out, tokens, s], [s, stride_y, 1], [1, rows, FUSED_N]),
+        5: ([tokens, n_out * s], [stride_y, 1], [rows, FUSED_N]),
     }
     options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held[0], "REST": held[1], **_early(device), **_constants(kinds)}
     options |= {"M": rows, "N": FUSED_N, "K": FUSED_K, "STAGES": fused_stages(sum(held), rows), "num_warps": 4}

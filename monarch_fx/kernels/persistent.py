@@ -44,6 +44,7 @@ def first(
 ):  # fmt: skip
     """t[j, token, k * rank + i] = sum_c x[token, k * p + c] R[k, j * rank + i, c].
 
+    Where K doesn't divide p, the last terms are numbers of x's next block times zeros, which are read behind R's rows.
     ``width``, ``rank`` and strides are given in parts of ``ROW``, as in ``tiles``.
     """
     if PDL:
@@ -58,7 +59,7 @@ def first(
         row, column = begin(row, M, tokens), begin(column, N, width)
         acc = tl.zeros((M, N), tl.float32)
         for c in range(0, p, K):
-            a = x_desc.load([k, row, c]).reshape(M, K)
+            a = x_desc.load([row, k * p + c])
             b = r_desc.load([k, column, c]).reshape(N, K)
             acc = tl.dot(a, b.T, acc)
         n = column + tl.arange(0, N)  # over j and i
