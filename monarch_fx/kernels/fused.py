@@ -23,9 +23,9 @@ def product(
 ):  # fmt: skip
     """y[token, j * s + n] = sum_k sum_i (sum_c x[token, k * p + c] R[k, j, i, c]) L[j, k, i, n].
 
-    s is N or more; where N doesn't divide it, the last tile shares results with its neighbour. Terms beyond p are zeros, as
-    in ``persistent``. The rank is computed as RANK and, unless that is zero, REST, two powers of two; rows of the factors
-    beyond it are read as zeros.
+    s is N or more; where N doesn't divide it, the last tile shares results with its neighbour. Terms beyond p are
+    zeros, as in ``persistent``. The rank is computed as RANK and, unless that is zero, REST, two powers of two; rows of
+    the factors beyond it are read as zeros.
     """
     j = tl.program_id(0)
     row = tl.program_id(1) * M
