@@ -167,9 +167,10 @@ def cases() -> Iterator[Callable[[], None]]:
         yield functools.partial(product, sizes, fused, activation, bias=True)
         yield functools.partial(product, sizes, fused, activation, bias=True, gate=True)
     whole = (64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192), (100, 3, 3, 16, 64, 64), (100, 1, 2, 90, 64, 64)
-    for sizes in (*whole, (12000, 2, 2, 96, 64, 64)):
+    for sizes in (*whole, (130, 2, 3, 72, 96, 104), (12000, 2, 2, 96, 64, 64)):
         yield functools.partial(product, sizes, True)
-    for sizes in ((300, 2, 2, 24, 64, 64), (500, 2, 2, 24, 64, 512), (1000, 2, 4, 130, 192, 320)):
+    odd = (300, 3, 2, 24, 72, 88), (150, 2, 2, 16, 24, 136)  # blocks that 8 divides, but no tile
+    for sizes in (*odd, (300, 2, 2, 24, 64, 64), (500, 2, 2, 24, 64, 512), (1000, 2, 4, 130, 192, 320)):
         yield functools.partial(product, sizes)
     for tile in vars(choice).values():
         if isinstance(tile, choice.Tile):
@@ -178,7 +179,7 @@ def cases() -> Iterator[Callable[[], None]]:
         yield functools.partial(together, tokens, TOGETHER, (0, 2), None)
         for shapes, gated in itertools.product((PAIR, WIDE, ODD), ACTIVATIONS):
             yield functools.partial(together, tokens, shapes, (1,), gated)
-    for sizes in (*RAGGED[:3], RAGGED[5], MANY, (500, 1, 2, 16, 64, 64)):
+    for sizes in (*RAGGED[:3], RAGGED[5], MANY, odd[0], (500, 1, 2, 16, 64, 64)):
         for recompute in (False, True):
             yield functools.partial(backward, sizes, recompute)
     for sizes in (*RAGGED[:3], (2000, 2, 4, 130, 192, 64), (3000, 1, 2, 200, 64, 64)):

@@ -120,7 +120,8 @@ def test_plans_by_times_measured_on_the_card() -> None:
 
 
 SHAPES = [(256, 512, 2, 4, 48), (256, 512, 4, 1, 32), (300, 500, 1, 4, 40), (250, 333, 4, 3, 20)]
-SHAPES += [(49, 98, 2, 2, 10), (251, 333, 1, 1, 21), (500, 252, 2, 2, 24)]  # padded from 512 tokens on
+SHAPES += [(49, 98, 2, 2, 10), (251, 333, 1, 1, 21), (500, 252, 2, 2, 24), (1000, 1010, 3, 3, 88)]  # padded from 512 on
+SHAPES += [(208, 264, 3, 2, 24)]  # blocks that 8 divides, but not 64
 
 
 def exact_and_scale(x: torch.Tensor, layer: mfx.MonarchLinear) -> tuple[torch.Tensor, torch.Tensor]:

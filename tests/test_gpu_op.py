@@ -393,6 +393,25 @@ def test_unaligned_sizes_are_padded(
         torch.testing.assert_close(ours, right, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(
+    ("features", "computed"), [((42, 21), (14, 7)), ((40, 21), (16, 7)), ((42, 20), (14, 16)), ((40, 20), (16, 16))]
+)
+def test_blocks_are_aligned_where_the_grid_pads_anyway(
+    features: tuple[int, int], computed: tuple[int, int], sizes: list[tuple[int, ...]]
+) -> None:
+    _, R, L = operands(1, 3, 3, 8, 14, 7)
+    bias = torch.randn(features[1], dtype=torch.float64)
+    for tokens in (padding.PADDED_TOKENS - 1, padding.PADDED_TOKENS):
+        x = torch.randn(tokens, features[0], dtype=torch.float64)
+        sizes.clear()
+        with torch.no_grad():
+            found = gpu.products(x, R, L, bias, None, "gelu", out_features=features[1])
+        assert sizes == [(8, *(computed if tokens == padding.PADDED_TOKENS else (14, 7)))]
+        exact = F.gelu(mfx.Monarch(R, L, *features)(x) + bias)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+        assert found.is_contiguous()
+
+
 def test_padded_gradients_of_first_and_second_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(padding, "PADDED_TOKENS", 1)
 

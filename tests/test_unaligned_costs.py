@@ -54,6 +54,14 @@ class TestUnaligned:
         copied = tokens * 1024 + 16 * 48 * 256  # numbers of x and R, and of their gradients
         assert extra == pytest.approx(2 * (2 * h100.launch_s + 2 * 2 * copied / h100.copy_bytes_per_s), rel=1e-6)
 
+    def test_sides_are_padded_where_the_grid_pads_anyway(self) -> None:
+        """The copies of x and of the result are taken either way; 3 blocks of 1366 numbers are computed as 1376."""
+        h100, tokens = self.h100, 4096
+        shape, padded = MonarchShape(4096, 4096, 3, 3, 384), MonarchShape(3 * 1376, 3 * 1376, 3, 3, 384)
+        extra = self.times(tokens, shape, "inference")[1] - self.times(tokens, padded, "inference")[1]
+        copied = 2 * tokens * 3 * 1376 + 2 * 9 * 384 * 1376  # numbers of x and of the result, and of the factors
+        assert extra == pytest.approx(4 * h100.launch_s + 2 * 2 * copied / h100.copy_bytes_per_s, rel=1e-6)
+
     def test_dense_products_take_the_faster_way(self) -> None:
         h100, tokens = self.h100, 4096
         options = {"dtype": "bfloat16"}

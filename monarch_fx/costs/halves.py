@@ -63,7 +63,9 @@ class Halves:
         def of(rank: int, p: int, s: int) -> MonarchShape:
             return MonarchShape(n_in * p, n_out * s, n_out, n_in, rank)
 
-        sizes = (padded_rank(shape.rank), *padded_sides(n_in, n_out, *own, trained=trained, in_tf32=self.in_tf32))
+        features = shape.in_features, shape.out_features
+        sides = padded_sides((n_in, n_out, *own), features, trained=trained, in_tf32=self.in_tf32)
+        sizes = padded_rank(shape.rank), *sides
         few = at(of(*own))
         return few if sizes == own else np.where(self.rows < PADDED_TOKENS, few, at(of(*sizes)))
 

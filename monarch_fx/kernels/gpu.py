@@ -110,9 +110,10 @@ def products(
     recompute: bool = False,
     out_features: int | None = None,
 ) -> Tensor:
-    """x (*, n_in * p) -> (*, out_features), contiguous; bias (out_features,), gate like the result.
+    """x (*, in_features) -> (*, out_features), contiguous; bias (out_features,), gate like the result.
 
-    ``out_features``: all ``n_out * s``, or fewer where the grid pads them.
+    ``in_features`` and ``out_features`` (default: all) are fewer than ``n_in * p`` and ``n_out * s`` where the grid
+    pads them.
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = _dtype(x)
@@ -123,8 +124,7 @@ def products(
     rows, n_out, s = x.reshape(-1, x.shape[-1]), L.shape[0], L.shape[3]
     out_features = n_out * s if out_features is None else out_features
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
-    if not padding.are_few(rows.shape[0]):  # around the product, so that gradients are cut by autograd
-        rows, R, L = padding.pad_all(rows, R, L, trained=trained)
+    rows, R, L = padding.pad_all(rows, R, L, out_features, trained=trained)  # out here autograd cuts gradients
     if n_out * L.shape[3] == out_features:
         y = run(rows, R, L, bias, gate, activation)
     else:

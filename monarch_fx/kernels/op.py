@@ -29,7 +29,6 @@ def _product(
     if not (recompute or gpu.serves(x, R)):
         y = reference.monarch_bmm(x, R, L, bias, out_features=out_features)
         return reference.activated(y, gate, activation)
-    x = reference.padded(x, R.shape[0] * R.shape[3])
     rows = L.shape[0] * L.shape[3] if out_features is None else out_features
     if gpu.takes_epilogue(x) and (bias is None or bias.dim() == 1):
         bias = None if bias is None else bias.expand(rows)

@@ -2,7 +2,7 @@
 
 The rules were read off 39 products of 49 to 60000 features, 1024 to 98304 tokens, on an H100 in bfloat16
 (benchmarks/results/padded-sides-h100). Copies of factors cost little. Copies of activations pay in training; in
-inference they do where sizes are odd, which are the slowest, and sums long.
+inference they do where sizes are odd, which are the slowest, and sums long, or where the grid's own padding copies.
 """
 
 from __future__ import annotations
@@ -25,16 +25,26 @@ def padded_rank(rank: int) -> int:
     return _up(rank, ROW)
 
 
-def padded_sides(n_in: int, n_out: int, rank: int, p: int, s: int, *, trained: bool, in_tf32: bool) -> tuple[int, int]:
-    """p and s that are computed with; ``trained``: gradients are wanted."""
+def padded_sides(
+    sizes: tuple[int, int, int, int, int], features: tuple[int, int], *, trained: bool, in_tf32: bool
+) -> tuple[int, int]:
+    """p and s that are computed with.
+
+    Args:
+        sizes: n_in, n_out, rank, p and s of the factors.
+        features: Of x and of the result, fewer than theirs where the grid pads.
+        trained: Gradients are wanted.
+        in_tf32: Numbers have four bytes.
+    """
+    n_in, n_out, rank, p, s = sizes
     is_low = n_in == n_out == 1
     row = LOW_RANK_ROW if is_low else TF32_ROW if in_tf32 else ROW
 
-    def padded(size: int, terms: int) -> int:
-        fits = size % row == 0 if trained else size % 2 == 0 or terms < LONG_SUMS
+    def padded(size: int, terms: int, is_copied: bool) -> int:
+        fits = size % row == 0 if trained or is_copied else size % 2 == 0 or terms < LONG_SUMS
         return size if fits else _up(size, ROW if is_low else SIDE_ROW)
 
-    return padded(p, n_out * rank), padded(s, n_in * rank)
+    return padded(p, n_out * rank, features[0] < n_in * p), padded(s, n_in * rank, features[1] < n_out * s)
 
 
 def is_aligned(rank: int) -> bool:
@@ -48,11 +58,16 @@ def pad_ranks(R: Tensor, L: Tensor) -> tuple[Tensor, Tensor]:
     return _pad(R, wanted, R.shape[3]), _pad(L, wanted, L.shape[3])
 
 
-def pad_all(x: Tensor, R: Tensor, L: Tensor, *, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x (tokens, n_in * p) and both factors with zeros behind p and s, and ranks where those or gradients are."""
-    n_in, n_out, rank, p = R.shape
-    in_tf32 = x.dtype == torch.float32
-    wider, s = padded_sides(n_in, n_out, rank, p, L.shape[3], trained=trained, in_tf32=in_tf32)
+def pad_all(x: Tensor, R: Tensor, L: Tensor, out_features: int, *, trained: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x (tokens, in_features) as the grid pads it, and for many tokens all three with zeros behind p and s, and behind
+    ranks where those or gradients are wanted."""
+    (n_in, n_out, rank, p), (tokens, in_features) = R.shape, x.shape
+    if in_features < n_in * p:
+        x = F.pad(x, (0, n_in * p - in_features))
+    if are_few(tokens):
+        return x, R, L
+    sizes, features = (n_in, n_out, rank, p, L.shape[3]), (in_features, out_features)
+    wider, s = padded_sides(sizes, features, trained=trained, in_tf32=x.dtype == torch.float32)
     if not trained and (wider, s) == (p, L.shape[3]):  # ranks alone are padded where tokens are counted
         return x, R, L
     rank = padded_rank(rank)
