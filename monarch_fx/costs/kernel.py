@@ -35,7 +35,6 @@ from monarch_fx.costs.symbols import (
     units,
     vector_flops,
 )
-from monarch_fx.kernels.choice import fused_programs
 
 # Of ``tile``, which is 64 on a GPU: those of ``choice`` that stand for all
 OWN_TILES = ((sympy.Rational(1, 4), 1), (1, 1), (2, 1), (2, 2), (2, 4))
@@ -51,7 +50,7 @@ UNALIGNED_FLOPS_PER_BYTE = 286  # of what they load: an H200 with its faster mem
 TF32_GRADIENTS = 0.6
 TF32_KERNELS = 0.82  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
 CACHED = 0.65  # of the memory's time for activations that a cache hands on; tried on layers-gpu with 0.35, 0.5 and 0.8
-CACHE_SPEED = 6  # over that of the memory; with ``fused_efficiency`` read off 52 times of fused-gpu and tiles-h100
+CACHE_SPEED = 20  # over that of the memory; with ``fused_efficiency`` the best fit to 85 times of fused-gpu and others
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 
@@ -158,11 +157,11 @@ class Fused:
 
     @property
     def seconds(self) -> Expr:
-        """As of ``Product``, with several programs on each unit; each reads its rows of x and factors from a cache."""
-        at_once, programs = fused_programs(self.rows) * units, ceil_div(tokens, self.tokens_each) * nblocks_out
+        """As of ``Product``, where programs share a unit; each reads its rows of x and factors from a cache."""
+        programs = ceil_div(tokens, self.tokens_each) * nblocks_out
         columns = tile * (ceil_div(p, tile) + ceil_div(s, tile))
         program = 2 * self.tokens_each * nblocks_in * self.rows * columns
-        compute_s = ceil_div(programs, at_once) * at_once * program / (peak_flops * fused_efficiency)
+        compute_s = ceil_div(programs, units) * units * program / (peak_flops * fused_efficiency)
         memory_s = self.bytes_moved / bandwidth_bytes_per_s
         read = nblocks_in * (self.tokens_each * p + rank * (p + s))
         cache_s = dtype_bytes * programs * read / (CACHE_SPEED * bandwidth_bytes_per_s)

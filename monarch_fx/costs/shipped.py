@@ -60,7 +60,7 @@ SHIPPED = {
             tile=64,
             units=132,
             **_GPU,
-            fused_efficiency=0.9,
+            fused_efficiency=0.6,
             cache_bytes=17.5e6,
         ),
         DeviceProfile(
@@ -77,7 +77,7 @@ SHIPPED = {
             tile=64,
             units=132,
             **_GPU,
-            fused_efficiency=0.9,
+            fused_efficiency=0.6,
             cache_bytes=17.5e6,
         ),
         DeviceProfile(

@@ -232,8 +232,3 @@ def _power_of_two(count: int) -> int:
 def fused_stages(held: int, rows: int) -> int:
     """Tiles of operands on their way, where a program computes with ``held`` rows of a factor for ``rows`` tokens."""
     return 4 if held > FUSED_LOW and rows == FUSED_TOKENS else 3
-
-
-def fused_programs(held: int) -> int:
-    """Programs of that kernel that fit on a multiprocessor."""
-    return 3 if held <= FUSED_LOW else 2
