@@ -98,14 +98,17 @@ def without_copies(
         first_whole: Likewise.
         second_whole: Likewise.
     """
-    by_rows = {"launches": nblocks_out} if first == "strided" else {}
-    width = rank if first == "strided" else nblocks_out * rank
-    aligned = {"aligned": first_aligned, "whole": first_whole}
-    former = Product(nblocks_in, tokens, p, width, own=first == "own", **by_rows, **aligned)
+    rows = {"aligned": first_aligned, "whole": first_whole}
+    firsts = {
+        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank, **rows),
+        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, **rows),
+        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True, **rows),
+    }
     if second == "none":
-        return (former,)
-    aligned, is_own = {"aligned": second_aligned, "whole": second_whole}, second != "library"
-    return former, Product(nblocks_out, tokens, nblocks_in * rank, s, own=is_own, early=second == "early", **aligned)
+        return (firsts[first],)
+    rows, is_own = {"aligned": second_aligned, "whole": second_whole}, second != "library"
+    last = Product(nblocks_out, tokens, nblocks_in * rank, s, own=is_own, early=second == "early", **rows)
+    return firsts[first], last
 
 
 def factor_gradients(first_aligned: bool = True, second_aligned: bool = True) -> tuple[Kernel, ...]:
