@@ -14,16 +14,19 @@ import torch
 
 from monarch_fx.costs.fit import fit_profile
 from monarch_fx.costs.profile import DeviceProfile
-from monarch_fx.costs.timing import WORKBENCHES, relative_peaks, time_products
+from monarch_fx.costs.shipped import GPU, HOPPER
+from monarch_fx.costs.timing import WORKBENCHES, copy_bytes_per_s, relative_peaks, time_products
 from monarch_fx.errors import DeviceProfileError, MonarchWarning
 
 
 def measure_device(device: str | torch.device | None = None, *, force: bool = False) -> DeviceProfile:
     """Fits a profile to a device of this machine in well under a minute.
 
-    Times dense products and Monarch products (two ``bmm`` and block transposes) of several sizes, and fits the
-    constants of the cost formulas by least squares on the logarithms of the times. The profile is kept in the user's
-    cache directory for this device, PyTorch version and number of threads; ``device="auto"`` finds it there.
+    Times dense products and Monarch products (on a GPU by this library's kernels, else two ``bmm`` and block
+    transposes) of several sizes, and fits the constants of the cost formulas by least squares on the logarithms of the
+    times. How a GPU cuts products into tiles is expected to be as in the shipped profiles, unless the times say
+    otherwise. The profile is kept in the user's cache directory for this device, PyTorch version and number of threads;
+    ``device="auto"`` finds it there.
 
     Args:
         device: ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; default the GPU where there is one, else the CPU.
@@ -44,19 +47,24 @@ def measure_device(device: str | torch.device | None = None, *, force: bool = Fa
     if stored is not None:
         return stored
     bench = WORKBENCHES[target.type]
+    given: dict[str, float] = {"tile": bench.tile}
+    expected: dict[str, float] = {}
     with torch.random.fork_rng(devices=[target] if target.type == "cuda" else []):
         cases, times = time_products(target)
         peaks = relative_peaks(target)
-    gpu = torch.cuda.get_device_properties(target) if target.type == "cuda" else None
+    if target.type == "cuda":
+        gpu = torch.cuda.get_device_properties(target)
+        given |= {"units": gpu.multi_processor_count, "cache_bytes": gpu.L2_cache_size / 3}
+        given["copy_bytes_per_s"] = copy_bytes_per_s(target)
+        expected = HOPPER if gpu.major >= 9 and torch.version.hip is None else GPU
     profile = fit_profile(
         cases,
         times,
         name=description(target),
         dtype=bench.dtype,
         relative_peaks=peaks,
-        tile=bench.tile,
-        units=gpu.multi_processor_count if gpu else 1,
-        cache_bytes=gpu.L2_cache_size / 3 if gpu else 0.0,
+        given=given,
+        expected=expected,
     )
     try:
         _store(profile)

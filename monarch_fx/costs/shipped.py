@@ -6,7 +6,7 @@ from monarch_fx.costs.profile import DeviceProfile
 # (768 -> 2304, 1024 -> 1024, 4096 -> 4096, 14336 -> 4096) at 1 to 16384 tokens on an H100 (bfloat16, CUDA graphs,
 # PyTorch 2.11; python -m benchmarks run layers-gpu); overlaps, fill and efficiency were then moved to where choices at
 # all sizes, and on an H200, were best, and predictions of ffn-gpu no worse.
-_GPU = {
+GPU = {
     "launch_s": 3.1e-6,
     "overlap": 0.67,
     "fill": 145.0,
@@ -15,6 +15,7 @@ _GPU = {
     "kernel_overlap": 0.47,
     "kernel_operand_bytes_per_s": 1.34e13,
 }
+HOPPER = {**GPU, "fused_efficiency": 0.6}
 
 SHIPPED = {
     profile.name: profile
@@ -43,7 +44,7 @@ SHIPPED = {
             copy_bytes_per_s=2.039e12,
             tile=64,
             units=108,  # SMs
-            **_GPU,
+            **GPU,
             cache_bytes=13.3e6,
         ),
         DeviceProfile(
@@ -59,8 +60,7 @@ SHIPPED = {
             copy_bytes_per_s=1.98e12,
             tile=64,
             units=132,
-            **_GPU,
-            fused_efficiency=0.6,
+            **HOPPER,
             cache_bytes=17.5e6,
         ),
         DeviceProfile(
@@ -76,8 +76,7 @@ SHIPPED = {
             copy_bytes_per_s=1.88e12,
             tile=64,
             units=132,
-            **_GPU,
-            fused_efficiency=0.6,
+            **HOPPER,
             cache_bytes=17.5e6,
         ),
         DeviceProfile(
@@ -97,7 +96,7 @@ SHIPPED = {
             copy_bytes_per_s=1.008e12,
             units=128,
             tile=64,
-            **_GPU,
+            **GPU,
             cache_bytes=24e6,
         ),
     )

@@ -36,7 +36,6 @@ class Workbench:
     peak_size: int  # n of the n x n x n product that compares the dtypes
     pool_bytes: int  # weights are taken from here in turn, so that they don't stay in a cache
     tile: int
-    kernels: bool  # whether this library's own are timed, too
 
 
 WORKBENCHES = {
@@ -47,7 +46,6 @@ WORKBENCHES = {
         peak_size=512,
         pool_bytes=96 * 2**20,
         tile=1,
-        kernels=False,
     ),
     "cuda": Workbench(
         dtype="bfloat16",
@@ -56,20 +54,18 @@ WORKBENCHES = {
         peak_size=8192,
         pool_bytes=512 * 2**20,
         tile=64,
-        kernels=True,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """One product that is timed; dense where it has no shape; by this library's kernels, or two ``bmm`` with copies."""
+    """One product that is timed; dense where it has no shape."""
 
     tokens: int
     in_features: int
     out_features: int
     shape: MonarchShape | None
-    kernels: bool = False
 
 
 @torch.no_grad()
@@ -109,6 +105,16 @@ def relative_peaks(device: torch.device) -> dict[str, float]:
     return {name: times[bench.dtype] / seconds for name, seconds in times.items()}
 
 
+@torch.no_grad()
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written per second by a copy of a large matrix that transposes 4 x 4 blocks."""
+    bench = WORKBENCHES[device.type]
+    x = torch.empty(4, bench.peak_size, 4, bench.peak_size // 32, device=device, dtype=getattr(torch, bench.dtype))
+    blocks = x.permute(2, 1, 0, 3)
+    run = functools.partial(x.new_empty(blocks.shape).copy_, blocks)
+    return 2 * x.nbytes / min(seconds_of([run], device) for _ in range(3))
+
+
 @contextlib.contextmanager
 def multiplying_float32_in(precision: str) -> Iterator[None]:
     """As GPUs multiply float32 matrices inside: in ``"tf32"`` or ``"ieee"``."""
@@ -131,13 +137,14 @@ def products(bench: Workbench) -> list[Case]:
             rank = max(1, n_in * n_out // 2 // one.params // 16 * 16)
             shape = MonarchShape(n_in, n_out, nblocks_out, nblocks_in, rank)
             cases.append(Case(tokens, n_in, n_out, shape))
-            if bench.kernels:
-                cases.append(Case(tokens, n_in, n_out, shape, kernels=True))
     return cases
 
 
 def _runs(case: Case, pool: Tensor) -> list[Run]:
-    """The product of a case with several different weights, all with the same activations and results."""
+    """The product of a case with several different weights, all with the same activations and results.
+
+    On a GPU by this library's kernels, else two ``bmm`` and copies.
+    """
     x = pool.new_empty(case.tokens, case.in_features).normal_()  # zeros and ones would run cooler, and faster
     y = pool.new_empty(case.tokens, case.out_features)
     if case.shape is None:
@@ -151,7 +158,7 @@ def _runs(case: Case, pool: Tensor) -> list[Run]:
     for factors in _slices(pool, shape.params):
         R = factors[: n_in * n_out * rank * p].view(n_in, n_out, rank, p)
         L = factors[n_in * n_out * rank * p :].view(n_out, n_in, rank, s)
-        if case.kernels:
+        if pool.is_cuda:
             runs.append(functools.partial(gpu.product, x, R, L, None, None, "none"))
         else:
             runs.append(functools.partial(run, R.flatten(1, 2), L.flatten(1, 2)))
