@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import sympy
-from sympy import Expr
+from sympy import Expr, Max
 
 from monarch_fx.costs.kernel import Copy, Epilogue, Faster, Fused, Kernel, Pass, Product, TokenSum
 from monarch_fx.costs.symbols import (
@@ -21,6 +21,8 @@ from monarch_fx.costs.symbols import (
     batch,
     ceil_div,
     in_features,
+    kernel_launch_s,
+    launch_s,
     nblocks_in,
     nblocks_out,
     out_features,
@@ -30,7 +32,14 @@ from monarch_fx.costs.symbols import (
     several,
     tokens,
 )
+from monarch_fx.kernels.choice import FEW_TOKENS
 from monarch_fx.kernels.padding import ROW
+
+# On a GPU, of a library and of this one: first-halves-gpu, and where choices of layers-gpu were best on both cards
+_IS_MANY = at_least_one(Max(0, tokens - FEW_TOKENS))
+LIBRARY_S = launch_s * (1 - 0.13 * _IS_MANY)
+STRIDED_S = launch_s * 0.58  # of many tokens
+OWN_S = kernel_launch_s * (1 + 0.24 * _IS_MANY)
 
 
 def dense(workload: str = "inference") -> tuple[Kernel, ...]:
@@ -42,7 +51,7 @@ def dense_on_gpu(
     workload: str, aligned: bool = True, columns: Expr = in_features, rows: Expr = out_features
 ) -> tuple[Kernel, ...]:
     """The same in half precision, where the gradient of W is a sum over tokens that a library may cut."""
-    forward = Product(batch, tokens, columns, rows, aligned=aligned)
+    forward = Product(batch, tokens, columns, rows, launch=LIBRARY_S, aligned=aligned)
     if workload == "inference":
         return (forward,)
     to_x, to_weight = forward.backward
@@ -100,15 +109,15 @@ def without_copies(
     """
     rows = {"aligned": first_aligned, "whole": first_whole}
     firsts = {
-        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank, **rows),
-        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, **rows),
-        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, own=True, **rows),
+        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank, launch=LIBRARY_S, **rows),
+        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, launch=STRIDED_S, **rows),
+        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, launch=OWN_S, own=True, **rows),
     }
     if second == "none":
         return (firsts[first],)
-    rows, is_own = {"aligned": second_aligned, "whole": second_whole}, second != "library"
-    last = Product(nblocks_out, tokens, nblocks_in * rank, s, own=is_own, early=second == "early", **rows)
-    return firsts[first], last
+    launches = {"library": LIBRARY_S, "own": launch_s, "early": OWN_S}
+    rows = {"own": second != "library", "aligned": second_aligned, "whole": second_whole}
+    return firsts[first], Product(nblocks_out, tokens, nblocks_in * rank, s, launch=launches[second], **rows)
 
 
 def factor_gradients(first_aligned: bool = True, second_aligned: bool = True) -> tuple[Kernel, ...]:

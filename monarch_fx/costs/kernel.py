@@ -42,6 +42,7 @@ SUM_TILE = 128  # of the gradients of factors
 SUM_BLOCK = 64  # tokens that are added up at once
 MOST_PARTS = 64
 MOST_PARTS_OF_BATCHES = 4
+BATCHED_SUMS = 0.9  # of the time of as many FLOPs of a single one; read off layers-train-gpu on two cards
 # Times as long as with rows that start at multiples of 16 bytes: 1.1 to 5.9 on an H100, larger for odd numbers
 UNALIGNED = 3
 HALF_SECTORS = 1.3  # times as long where rows of x or of results are an odd multiple of 16 bytes; padded-sides-h100
@@ -59,9 +60,9 @@ ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 class Product:
     """``batch`` products (m, k) @ (k, n) in one launch, ``launches`` times; ``own``: by a kernel of this library.
 
-    ``aligned``: whether all rows of operands and result start at multiples of 16 bytes; ``whole``: whether those of x
-    and the result aren't odd multiples of them, since memory hands out 32. ``early``: whether a kernel of this library
-    is launched while the one before it still runs.
+    ``launch``: seconds that one costs besides its work. ``aligned``: whether all rows of operands and result start at
+    multiples of 16 bytes; ``whole``: whether those of x and the result aren't odd multiples of them, since memory hands
+    out 32.
     """
 
     batch: Expr
@@ -69,10 +70,10 @@ class Product:
     k: Expr
     n: Expr
     launches: Expr = sympy.S.One
+    launch: Expr = launch_s
     own: bool = False
     aligned: bool = True
     whole: bool = True
-    early: bool = True
 
     @property
     def flops(self) -> Expr:
@@ -100,10 +101,6 @@ class Product:
         filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. This library's own kernels have
         constants of their own, and take the fastest of several tiles. Of few activations a part comes from a cache.
         """
-        launch, hidden = (
-            kernel_launch_s if self.own and self.early else launch_s,
-            kernel_overlap if self.own else overlap,
-        )
         if self.own:
             compute_s = Min(*(self._in_tiles_s(rows * tile, columns * tile) for rows, columns in OWN_TILES))
         else:
@@ -114,8 +111,8 @@ class Product:
             traffic_s = from_memory / bandwidth_bytes_per_s
         else:
             traffic_s = (self._activation_bytes + self._weight_bytes) * UNALIGNED_FLOPS_PER_BYTE / peak_flops
-        time_s = _overlapped(compute_s, traffic_s, hidden) * (1 if self.whole else HALF_SECTORS)
-        return self.launches * (launch + _slowed(time_s, self.aligned))
+        time_s = _overlapped(compute_s, traffic_s, kernel_overlap if self.own else overlap)
+        return self.launches * (self.launch + _slowed(time_s * (1 if self.whole else HALF_SECTORS), self.aligned))
 
     def _in_tiles_s(self, rows: Expr, columns: Expr) -> Expr:
         """Of a kernel of this library with such tiles: small ones do less with every operand that they take in."""
@@ -131,8 +128,8 @@ class Product:
         """The gradients of both operands."""
         batch, m, k, n, aligned = self.batch, self.m, self.k, self.n, self.aligned
         return (
-            Product(batch, m, n, k, self.launches, aligned=aligned),
-            Product(self.launches * batch, k, m, n, aligned=aligned),
+            Product(batch, m, n, k, self.launches, self.launch, aligned=aligned),
+            Product(self.launches * batch, k, m, n, launch=self.launch, aligned=aligned),
         )
 
 
@@ -207,6 +204,7 @@ class TokenSum:
     def _in_parts(self, tiles: Expr, parts: Expr) -> Expr:
         waves = ceil_div(tiles * parts, units)
         compute_s = waves * units * 2 * SUM_TILE**2 * (tokens / parts + fill) / peak_flops
+        compute_s *= 1 - (1 - BATCHED_SUMS) * several(self.batch)
         return _slowed(_overlapped(compute_s, self.bytes_moved / bandwidth_bytes_per_s, overlap), self.aligned)
 
 
