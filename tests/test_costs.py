@@ -1,5 +1,6 @@
 """Cost formulas against hand counts, profiles, predictions and the measurement of a device."""
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -710,6 +711,34 @@ class TestMeasure:
         assert np.median(np.abs(again / times - 1)) < 0.03
         found = {name: getattr(made, name) / value for name, value in HOPPER.items()}
         assert found == pytest.approx(dict.fromkeys(HOPPER, 1.0), rel=0.2)
+
+    @pytest.mark.parametrize("major", [8, 9])
+    def test_a_gpu_is_expected_to_have_its_own_kernels(
+        self, cache: Path, monkeypatch: pytest.MonkeyPatch, major: int
+    ) -> None:
+        """Times as of an H100, or of one without the kernel that runs whole products, which came with Hopper."""
+        h100 = SHIPPED["h100"]
+        true = h100 if major == 9 else dataclasses.replace(h100, fused_efficiency=0.0)
+        cases = timing.products(timing.WORKBENCHES["cuda"])
+        times = np.array([fit.predicted(true, case, "bfloat16") for case in cases])
+        gpu = SimpleNamespace(multi_processor_count=true.units, L2_cache_size=3 * true.cache_bytes, major=major)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Voodoo 5")
+        monkeypatch.setattr(torch.random, "fork_rng", lambda devices: contextlib.nullcontext())
+        monkeypatch.setattr(measure, "time_products", lambda device: (cases, times))
+        monkeypatch.setattr(measure, "relative_peaks", lambda device: {"bfloat16": 1.0, "tf32": 0.5})
+        monkeypatch.setattr(measure, "copy_bytes_per_s", lambda device: 1.5e12)
+        profile = measure_device("cuda")
+        assert profile.name == "cuda Voodoo 5"
+        assert (profile.tile, profile.units, profile.copy_bytes_per_s) == (64, true.units, 1.5e12)
+        assert profile.fused_efficiency == pytest.approx(true.fused_efficiency, rel=0.05)
+        assert (
+            profile.peak("tf32") == profile.peak("bfloat16") / 2 == pytest.approx(true.peak("bfloat16") / 2, rel=0.02)
+        )
+
+    def test_copies_are_timed(self) -> None:
+        assert 1e8 < timing.copy_bytes_per_s(torch.device("cpu")) < 1e12  # between a disk and all the caches of a core
 
     def test_times_of_a_busy_machine_are_refused(self) -> None:
         cases = timing.products(timing.WORKBENCHES["cpu"])
