@@ -18,6 +18,7 @@ import benchmarks.cpu
 import benchmarks.gpu
 import benchmarks.gpu_models
 import benchmarks.halves
+import benchmarks.launched
 import benchmarks.nodes
 import benchmarks.planning
 import benchmarks.predictions

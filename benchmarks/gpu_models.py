@@ -197,7 +197,7 @@ def started(work: Work) -> tuple[nn.Module, Inputs, dict[str, Step]]:
     with torch.device(DEVICE):
         inputs = work.inputs()
     model = work.model()
-    return model, inputs, _ready(work, "dense", model, inputs)
+    return model, inputs, ready(work, "dense", model, inputs)
 
 
 def _faster(base_s: float, seconds: float) -> str:
@@ -233,14 +233,14 @@ def against(
     dense: dict[str, Step], work: Work, name: str, make: Callable[[], nn.Module], inputs: Inputs
 ) -> dict[str, list[float]]:
     """Makes a variant, times it in turns with the dense model, and frees it."""
-    racers = {**dense, **_ready(work, name, make(), inputs)}
+    racers = {**dense, **ready(work, name, make(), inputs)}
     samples = time_alternating(racers, {}, ROUNDS[work.run])
     del racers
     _free_memory()
     return samples
 
 
-def _ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> dict[str, Step]:
+def ready(work: Work, name: str, model: nn.Module, inputs: Inputs) -> dict[str, Step]:
     """The compiled step of ``model`` as a CUDA graph and launched kernel by kernel; both have passed the gate.
 
     "free" has no products that could be wrong.

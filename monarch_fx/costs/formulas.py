@@ -35,7 +35,7 @@ from monarch_fx.costs.symbols import (
 from monarch_fx.kernels.choice import FEW_TOKENS
 from monarch_fx.kernels.padding import ROW
 
-# On a GPU, of a library and of this one: first-halves-gpu, and where choices of layers-gpu were best on both cards
+# What launches cost on a GPU, a library's and this one's: first-halves-gpu, and where choices of layers-gpu were best
 _IS_MANY = at_least_one(Max(0, tokens - FEW_TOKENS))
 LIBRARY_S = launch_s * (1 - 0.13 * _IS_MANY)
 STRIDED_S = launch_s * 0.58  # of many tokens
