@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -59,15 +59,16 @@ def few_tokens() -> Iterator[Table]:
             shape = shape_at(ratio, *size, grid)
             assert shape is not None
             used = graph_seconds(calls(x, shape, copies))
-            held = {t: graph_seconds(runs(x, shape, copies, t, False)) for t in TRIED if fits(shape, t)}
+            made = factors(shape, copies)
+            held = {tiles: seconds(x, made, tiles, False) for tiles in TRIED if fits(shape, tiles)}
             best = min(held, key=lambda tiles: held[tiles])
-            early = graph_seconds(runs(x, shape, copies, best, True))
+            early = seconds(x, made, best, True)
             times = [dense, used, held[best], early]
-            shown = [f"{seconds * 1e6:.2f}" for seconds in times]
-            kept = ", ".join(f"{(dense - floor) / (seconds - floor) * shape.ratio:.2f}" for seconds in times[1:])
+            shown = [f"{time_s * 1e6:.2f}" for time_s in times]
+            kept = ", ".join(f"{(dense - floor) / (time_s - floor) * shape.ratio:.2f}" for time_s in times[1:])
             about = f"{tokens}", f"{size[0]} -> {size[1]}", f"{ratio}", str(shape).split(" (")[0]
             table.rows.append((*about, *shown, " ".join(map(str, best)), kept))
-            tried = [[*tiles, seconds] for tiles, seconds in held.items()]
+            tried = [[*tiles, time_s] for tiles, time_s in held.items()]
             table.raw[", ".join(about)] = {"dense": dense, "in use": used, "held": tried, "next one early": early}
         yield table
 
@@ -80,18 +81,24 @@ def fits(shape: MonarchShape, tiles: Tiles) -> bool:
     return max(of_first, of_second) <= HELD_BYTES
 
 
-def runs(x: Tensor, shape: MonarchShape, copies: int, tiles: Tiles, early: bool) -> list[Callable[[], Tensor]]:
-    """As ``benchmarks.gpu.calls``: the same product by these kernels, the first one checked."""
+def factors(shape: MonarchShape, copies: int) -> list[tuple[Tensor, Tensor]]:
+    """As many of each as have the bytes of so many dense weights."""
     n_in, n_out, rank, p, s = shape.nblocks_in, shape.nblocks_out, shape.rank, shape.p, shape.s
-    made = []
-    for _ in range(min(64, int(copies / shape.ratio))):
-        R = torch.randn(n_in, n_out, rank, p, device=x.device).to(x.dtype) / p**0.5
-        L = torch.randn(n_out, n_in, rank, s, device=x.device).to(x.dtype) / (n_in * rank) ** 0.5
-        made.append((R, L))
+    return [
+        (
+            torch.randn(n_in, n_out, rank, p, device="cuda").bfloat16() / p**0.5,
+            torch.randn(n_out, n_in, rank, s, device="cuda").bfloat16() / (n_in * rank) ** 0.5,
+        )
+        for _ in range(min(64, int(copies / shape.ratio)))
+    ]
+
+
+def seconds(x: Tensor, made: list[tuple[Tensor, Tensor]], tiles: Tiles, early: bool) -> float:
+    """Of the product by these kernels, with the factors in turn; the first one is checked."""
     R, L = made[0]
     exact = mfx.Monarch(R.double(), L.double())(x.double())
-    check_exact(f"{shape}, {tiles}", product(x, R, L, tiles, early), exact, ROUNDING)
-    return [functools.partial(product, x, R, L, tiles, early) for R, L in made]
+    check_exact(f"{tiles}", product(x, R, L, tiles, early), exact, ROUNDING)
+    return graph_seconds([functools.partial(product, x, R, L, tiles, early) for R, L in made])
 
 
 def product(x: Tensor, R: Tensor, L: Tensor, tiles: Tiles, early: bool) -> Tensor:
