@@ -14,7 +14,7 @@ from torch import Tensor
 
 import monarch_fx as mfx
 from benchmarks.gate import check_exact
-from benchmarks.gpu import CACHE_BYTES, ROUNDING, calls, graph_seconds, shape_at
+from benchmarks.gpu import CACHE_BYTES, ROUNDING, calls, factors, graph_seconds, shape_at
 from benchmarks.registry import Table, benchmark
 from monarch_fx.structure import MonarchShape
 
@@ -58,8 +58,9 @@ def few_tokens() -> Iterator[Table]:
         for grid in GRIDS:
             shape = shape_at(ratio, *size, grid)
             assert shape is not None
-            used = graph_seconds(calls(x, shape, copies))
-            made = factors(shape, copies)
+            in_turn = calls(x, shape, copies)
+            used = graph_seconds(in_turn)
+            made = [factors(shape) for _ in in_turn]
             held = {tiles: seconds(x, made, tiles, False) for tiles in TRIED if fits(shape, tiles)}
             best = min(held, key=lambda tiles: held[tiles])
             early = seconds(x, made, best, True)
@@ -79,18 +80,6 @@ def fits(shape: MonarchShape, tiles: Tiles) -> bool:
     of_first = tiles.rows * 2 * chunk * math.ceil(shape.p / chunk) / tiles.first_warps
     of_second = tiles.columns * 2 * D * math.ceil(depth / D) / tiles.second_warps
     return max(of_first, of_second) <= HELD_BYTES
-
-
-def factors(shape: MonarchShape, copies: int) -> list[tuple[Tensor, Tensor]]:
-    """As many of each as have the bytes of so many dense weights."""
-    n_in, n_out, rank, p, s = shape.nblocks_in, shape.nblocks_out, shape.rank, shape.p, shape.s
-    return [
-        (
-            torch.randn(n_in, n_out, rank, p, device="cuda").bfloat16() / p**0.5,
-            torch.randn(n_out, n_in, rank, s, device="cuda").bfloat16() / (n_in * rank) ** 0.5,
-        )
-        for _ in range(min(64, int(copies / shape.ratio)))
-    ]
 
 
 def seconds(x: Tensor, made: list[tuple[Tensor, Tensor]], tiles: Tiles, early: bool) -> float:

@@ -187,7 +187,7 @@ def _race_training(table: Table, tokens: int, in_features: int, out_features: in
     for recompute in (False, True):
         for shape in shapes:
             assert shape is not None
-            R, L = (factor.requires_grad_() for factor in _factors(shape))
+            R, L = (factor.requires_grad_() for factor in factors(shape))
 
             def ours(R: Tensor = R, L: Tensor = L, recompute: bool = recompute) -> tuple[Tensor, ...]:
                 return torch.autograd.grad(mfx.monarch_bmm(x, R, L, recompute=recompute), (x, R, L), grad)
@@ -237,7 +237,7 @@ def _race_feed_forward(table: Table, in_features: int, out_features: int) -> Non
     for grid in ((1, 1), (2, 2), (3, 3), (4, 4)):
         shape = shape_at(ratio, in_features, out_features, grid)
         if shape is not None:
-            racers[f"{grid[0]}x{grid[1]}"] = ours, (*_factors(shape), bias)
+            racers[f"{grid[0]}x{grid[1]}"] = ours, (*factors(shape), bias)
     for tokens in (8192, 16384):
         x = torch.randn(tokens, in_features, device="cuda").bfloat16()
         times = {}
@@ -284,7 +284,7 @@ def authors() -> Iterator[Table]:
 
             exact = mfx.Monarch.from_blockdiag_butterfly(w1.double(), w2.double())(x[:64].double())
             check_exact("the authors' layer", theirs(x)[:64], exact, ROUNDING)
-            R, L = _factors(shape)
+            R, L = factors(shape)
             compiled = torch.compile(theirs)
             compiled(x)
             times = {
@@ -310,7 +310,7 @@ def shape_at(ratio: float, in_features: int, out_features: int, grid: tuple[int,
 
 def calls(x: Tensor, shape: MonarchShape, copies: int) -> list[Callable[[], Tensor]]:
     """The product with as many bytes of weights as the dense one's copies have; the first one is checked."""
-    made = [_factors(shape) for _ in range(min(64, int(copies / shape.ratio)))]
+    made = [factors(shape) for _ in range(min(64, int(copies / shape.ratio)))]
     R, L = made[0]
     exact = mfx.Monarch(R.double(), L.double())(x[:64].double())
     check_exact(str(shape), mfx.monarch_bmm(x, R, L)[:64], exact, ROUNDING)
@@ -341,7 +341,8 @@ def graph_seconds(runs: list[Callable[[], Any]]) -> float:
     return statistics.median(samples[1:])
 
 
-def _factors(shape: MonarchShape) -> tuple[Tensor, Tensor]:
+def factors(shape: MonarchShape) -> tuple[Tensor, Tensor]:
+    """Random R and L."""
     n_in, n_out, rank = shape.nblocks_in, shape.nblocks_out, shape.rank
     R = torch.randn(n_in, n_out, rank, shape.p, device="cuda").bfloat16() / 8
     L = torch.randn(n_out, n_in, rank, shape.s, device="cuda").bfloat16() / 8

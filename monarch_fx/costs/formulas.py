@@ -85,6 +85,11 @@ def monarch(workload: str = "inference") -> tuple[Kernel, ...]:
     return _with_backward(forward, workload)
 
 
+def first_half_anew() -> tuple[Kernel, ...]:
+    """The first half of the same that is computed once more, a product for every row of blocks."""
+    return (Product(nblocks_in, tokens, p, rank, launches=nblocks_out),)
+
+
 def without_copies(
     first: str,
     second: str,
