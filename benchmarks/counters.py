@@ -4,12 +4,14 @@
 dram__bytes_write.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,\
 lts__throughput.avg.pct_of_peak_sustained_elapsed,sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed,\
 sm__issue_active.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active \
-        python -m benchmarks.counters
+        python -m benchmarks.counters [index of the first case]
 
 A kernel that fills one number with the index of the case stands in front of every dense and every Monarch product.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -33,12 +35,16 @@ CASES = [  # tokens, structure, whether gradients are counted, too
     (4096, MonarchShape(4096, 4096, 4, 4, 176), False),
     (1, MonarchShape(4096, 4096, 4, 4, 176), False),
     (1, MonarchShape(4096, 4096, 4, 4, 256), False),
+    (1, MonarchShape(4096, 14336, 4, 4, 256), False),
+    (1, MonarchShape(14336, 4096, 4, 4, 256), False),
+    (1, MonarchShape(8192, 8192, 4, 4, 336), False),
+    (4, MonarchShape(4096, 4096, 4, 4, 176), False),
 ]
 
 
-def main() -> None:
+def main(first: int) -> None:
     mark, profiler = torch.zeros(1, device="cuda"), torch.cuda.cudart()
-    for index, (tokens, shape, training) in enumerate(CASES):
+    for index, (tokens, shape, training) in list(enumerate(CASES))[first:]:
 
         def drawn(*size: int, training: bool = training) -> torch.Tensor:
             return torch.randn(*size, device="cuda").bfloat16().requires_grad_(training)
@@ -63,4 +69,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)

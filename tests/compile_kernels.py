@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from monarch_fx.kernels import choice, fused, launch, padding, persistent, tiles, together
-from monarch_fx.kernels.choice import Tile
+from monarch_fx.kernels import choice, fused, held, launch, padding, persistent, tiles, together
+from monarch_fx.kernels.choice import Held, Tile
 
 UNITS = 132
 FEW_TOKENS = (1, 16, 17, 64)
@@ -47,6 +47,7 @@ def compiled(
     warps: int,
     stages: int,
     number: str = "bf16",
+    of_one: Held | None = None,
     **descriptors: str,
 ) -> int:
     """Bytes of shared memory."""
@@ -64,7 +65,11 @@ def compiled(
     )
     options = {"num_warps": warps, "num_stages": stages}
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    if "ROW" in constants:
+    if of_one is not None and arch >= 90:
+        loads = re.findall(r"ld\.global\.(v4)?", found.asm["ptx"].split("griddepcontrol.wait")[0])
+        registers = of_one.registers(4 if number == "fp32" else 2)
+        assert loads == registers // 4 * ["v4"], f"{kernel} waits before it has loaded {registers} registers: {loads}"
+    elif "ROW" in constants and of_one is None:
         assert "st.global.b" not in found.asm["ptx"], f"{kernel} stores number by number"
         loaded = set(re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], (0x\w+)", found.asm["ptx"]))
         is_turned = number == "fp32" and arch >= 90  # tensor cores want columns of second factors as rows
@@ -146,11 +151,11 @@ def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
     sizes = list(itertools.product(FEW_TOKENS, COLUMNS, BLOCKS))
     early = {"PDL": arch >= 90, "ROW": padding.ROW}
     for tile in {choice.first_tile(*size, UNITS, described=False) for size in sizes}:
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "COUNT": choice.TOGETHER, "EVEN": 5, **early}
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "C": 0, "COUNT": choice.TOGETHER, "EVEN": 5, **early}
         yield f"first, together {tile}", compiled(arch, together.first, constants, tile.warps, tile.stages)
     features = {"described": False, "activated": False, "gated": False}
     for tile in {choice.second_tile(*size[:2], 256, size[2], UNITS, **features) for size in sizes}:
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": 1, "BIAS": 2, "FAST": True, **early}
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "C": 0, "EVEN": 1, "BIAS": 2, "FAST": True, **early}
         for name, kernel, more in (
             ("second, together", together.second, {"COUNT": choice.TOGETHER}),
             ("gated", together.gated, {"ACT": "gelu"}),
@@ -158,7 +163,36 @@ def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
             yield f"{name} {tile}", compiled(arch, kernel, {**constants, **more}, tile.warps, tile.stages)
 
 
+def kernels_of_one_token(arch: int) -> Iterator[tuple[str, int]]:
+    pdl = {"PDL": arch >= 90}
+    for p, depth, number in itertools.product((256, 1024, 4096, 7168), (192, 704, 1344), ("bf16", "fp32")):
+        itemsize = 4 if number == "fp32" else 2
+        tiles = choice.held_tiles(p, depth, [512], [4], UNITS, itemsize)
+        if tiles is None:
+            continue
+        row = launch.ALIGNED // itemsize
+        rows, columns = ({"N": tile.N, "K": tile.K, "C": tile.chunks, "ROW": row, **pdl} for tile in tiles)
+        (first, second), name = tiles, f"{p} {depth} {number}"
+        constants = {**rows, "T_ROW": row}
+        yield f"first, held {name}", compiled(arch, held.first, constants, first.warps, 3, number, first)
+        constants = {**columns, "BIAS": True, "ACT": "silu", "GATED": True, "FAST": True}
+        yield f"second, held {name}", compiled(arch, held.second, constants, second.warps, 3, number, second)
+        more = {"M": 1, "COUNT": 1, "EVEN": 0}
+        yield (
+            f"first, held, together {name}",
+            compiled(arch, together.first, {**rows, **more}, first.warps, 3, number, first),
+        )
+        more |= {"BIAS": 1, "FAST": True}
+        yield (
+            f"second, held, together {name}",
+            compiled(arch, together.second, {**columns, **more}, second.warps, 3, number, second),
+        )
+        if second.chunks % 2 == 0:
+            constants = {**columns, "M": 1, "EVEN": 0, "BIAS": 1, "FAST": True, "ACT": "silu"}
+            yield f"gated, held {name}", compiled(arch, together.gated, constants, second.warps, 3, number, second)
+
+
 if __name__ == "__main__":
-    all_made = (made(int(sys.argv[1])) for made in (kernels, kernels_in_tf32, kernels_together))
+    all_made = (made(int(sys.argv[1])) for made in (kernels, kernels_in_tf32, kernels_together, kernels_of_one_token))
     for name, shared in itertools.chain(*all_made):
         print(json.dumps([name, shared]), flush=True)

@@ -170,6 +170,10 @@ def cases() -> Iterator[Callable[[], None]]:
     for activation, (sizes, fused) in itertools.product(ACTIVATIONS, ((FEW, False), (MANY, False), (FUSED, True))):
         yield functools.partial(product, sizes, fused, activation, bias=True)
         yield functools.partial(product, sizes, fused, activation, bias=True, gate=True)
+    for sizes in ((1, 2, 2, 20, 2100, 50), (1, 1, 2, 5, 8000, 33), (1, 3, 1, 301, 17, 70), (1, 4, 1, 450, 20, 40)):
+        yield functools.partial(product, sizes)
+    for activation in ACTIVATIONS:
+        yield functools.partial(product, RAGGED[0], False, activation, bias=True, gate=True)
     whole = (64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192), (100, 3, 3, 16, 64, 64), (100, 1, 2, 90, 64, 64)
     for sizes in (*whole, (130, 2, 3, 72, 96, 104), (12000, 2, 2, 96, 64, 64)):
         yield functools.partial(product, sizes, True)

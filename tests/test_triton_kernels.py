@@ -37,6 +37,16 @@ GROUPS = [
 ]
 # pairs with equal blocks of results; with blocks that a tile divides; with blocks that it doesn't
 PAIRS = [((2, 3, 8, 24), (1, 3, 20, 24)), ((2, 3, 8, 64), (1, 1, 20, 192)), ((2, 3, 8, 16), (1, 1, 20, 48))]
+# of one token, with a row of each block in one chunk or several, 8, 4 or 2 rows a program; L held by 4 warps, by 8; too
+# long to be held
+HELD = [
+    ((2, 3, 8, 40, 24), (8, 1, 4)),
+    ((2, 2, 20, 2100, 50), (8, 2, 4)),
+    ((1, 2, 5, 8000, 33), (4, 4, 4)),
+    ((1, 1, 3, 13000, 40), (2, 7, 4)),
+    ((3, 1, 301, 17, 70), (8, 1, 8)),
+    ((4, 1, 450, 20, 40), None),
+]
 TILES = [tile for tile in vars(choice).values() if isinstance(tile, choice.Tile)]
 EPILOGUES = [(True, False, name) for name in ACTIVATIONS] + [(False, True, "silu"), (True, True, "gelu")]
 
@@ -225,6 +235,25 @@ def test_every_tile_of_products_together(tile: choice.Tile, monkeypatch: pytest.
     check_gated(x, R, L, y, biases, "silu")
 
 
+def test_products_of_one_token_that_no_program_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "held_tiles", lambda *sizes: None)
+    x, R, L, biases, y = operands_together(1, GROUPS[1])
+    assert launch.halves(x, R, L, y, biases, None)
+    for product in zip(R, L, y, biases, strict=True):
+        check(x, *product, None, "none")
+    x, R, L, biases, (_, y) = operands_together(1, PAIRS[0])
+    assert launch.halves(x, R, L, [y], biases, "silu")
+    check_gated(x, R, L, y, biases, "silu")
+
+
+@pytest.mark.parametrize("rank", [31, 32, 33, 150])
+def test_one_token_s_gate_and_product_hold_as_many_chunks(rank: int) -> None:
+    """Of an even or an odd number of chunks for both."""
+    x, R, L, biases, (_, y) = operands_together(1, ((2, 3, rank, 24), (1, 3, 20, 24)))
+    assert launch.halves(x, R, L, [y], biases, "silu")
+    check_gated(x, R, L, y, biases, "silu")
+
+
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_few_tokens(shape: tuple[int, ...]) -> None:
     x, R, L, _, y = operands(*shape)
@@ -232,16 +261,36 @@ def test_few_tokens(shape: tuple[int, ...]) -> None:
     check(x, R, L, y, None, None, "none")
 
 
+@pytest.mark.parametrize(("shape", "expected"), HELD)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_one_token(shape: tuple[int, ...], expected: tuple[int, int, int] | None, dtype: torch.dtype) -> None:
+    n_in, n_out, rank, p, s = shape
+    tiles = choice.held_tiles(p, n_in * rank, [s], [n_out], 132, 2)
+    assert (tiles and (tiles[0].N, tiles[0].chunks, tiles[1].warps)) == expected
+    x, R, L, _, y = operands(1, *shape, dtype=dtype)
+    assert launch.few(x, R, L, y, None, None, "none")
+    check(x, R, L, y, None, None, "none")
+
+
+def test_one_token_s_second_halves_are_held_where_all_programs_fit() -> None:
+    fit, too_many = (choice.held_tiles(1024, 1024, [s], [4], 132, 2) for s in (2112, 2144))
+    assert fit is not None
+    assert too_many is None  # two programs of a unit hold 64 registers a thread: 264 of 32 columns
+    assert choice.held_tiles(1024, 1024, [1024, 1088], [4, 4], 132, 2) is not None
+    assert choice.held_tiles(1024, 1024, [1024, 1120], [4, 4], 132, 2) is None
+
+
 @pytest.mark.parametrize(("with_bias", "gated", "activation"), EPILOGUES)
-@pytest.mark.parametrize("kernel", ["few", "tiles", "persistent", "fused", "fused, ragged"])
+@pytest.mark.parametrize("kernel", ["held", "few", "tiles", "persistent", "fused", "fused, ragged"])
 def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -> None:
-    tokens, s = (40, 50) if kernel in ("few", "tiles") else (130, 72 if "ragged" in kernel else 128)
+    tokens, s = (40, 50) if kernel in ("held", "few", "tiles") else (130, 72 if "ragged" in kernel else 128)
+    tokens = 1 if kernel == "held" else tokens
     x, R, L, t, y = operands(tokens, 2, 2, 24, 64, s)
     bias = torch.randn(2 * s, dtype=torch.float16, device=DEVICE) if with_bias else None
     gate = torch.randn(tokens, 2 * s + 8, dtype=torch.float16, device=DEVICE)[:, : 2 * s] if gated else None
     if "fused" in kernel:
         launch.whole(x, R, L, y, bias, gate, activation)
-    elif kernel == "few":
+    elif kernel in ("held", "few"):
         launch.few(x, R, L, y, bias, gate, activation)
     else:
         launch.first_half(x, R, t)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import sympy
 from sympy import Expr, Max
 
-from monarch_fx.costs.kernel import Copy, Epilogue, Faster, Fused, Kernel, Pass, Product, TokenSum
+from monarch_fx.costs.kernel import Copy, Epilogue, Faster, Fused, Held, Kernel, Pass, Product, TokenSum
 from monarch_fx.costs.symbols import (
     at_least_one,
     batch,
@@ -158,6 +158,11 @@ def epilogue() -> tuple[Kernel, ...]:
 def fused(rows: int, tokens_each: int, whole: bool = True) -> tuple[Kernel, ...]:
     """The kernel that runs a whole product; see ``Fused``. For inference alone."""
     return (Fused(rows, tokens_each, whole),)
+
+
+def held() -> tuple[Kernel, ...]:
+    """Both halves of one token whose factors registers hold; see ``Held``. For inference alone."""
+    return Held(nblocks_in, p, nblocks_out * rank), Held(nblocks_out, nblocks_in * rank, s)
 
 
 def flops(kernels: Iterable[Kernel]) -> Expr:

@@ -52,6 +52,9 @@ TF32_GRADIENTS = 0.6
 TF32_KERNELS = 0.82  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
 CACHED = 0.65  # of the memory's time for activations that a cache hands on; tried on layers-gpu with 0.35, 0.5 and 0.8
 CACHE_SPEED = 20  # over that of the memory; with ``fused_efficiency`` the best fit to 85 times of fused-gpu and others
+# A half of one token: its share of ``kernel_launch_s``, and of the memory's speed; read off 15 pairs of few-tokens-h100
+HELD_LAUNCH = 0.88
+HELD_TRAFFIC = 1.08
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 
@@ -164,6 +167,30 @@ class Fused:
         cache_s = dtype_bytes * programs * read / (CACHE_SPEED * bandwidth_bytes_per_s)
         traffic_s = _overlapped(memory_s, cache_s, kernel_overlap)
         return kernel_launch_s + _overlapped(compute_s, traffic_s, kernel_overlap) * (1 if self.whole else HALF_SECTORS)
+
+
+@dataclass(frozen=True)
+class Held:
+    """``batch`` products (1, k) @ (k, n) in one launch, whose programs hold their factor in registers."""
+
+    batch: Expr
+    k: Expr
+    n: Expr
+
+    @property
+    def flops(self) -> Expr:
+        """Multiplications and additions, one each for every number of the factor."""
+        return 2 * self.batch * self.k * self.n
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """The factor, which is nearly all: read once."""
+        return dtype_bytes * self.batch * self.k * self.n
+
+    @property
+    def seconds(self) -> Expr:
+        """Nothing waits for products, since all loads are on their way before the first one."""
+        return HELD_LAUNCH * kernel_launch_s + HELD_TRAFFIC * self.bytes_moved / bandwidth_bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -294,7 +321,7 @@ class Copy:
         return (self,)
 
 
-Kernel = Product | Copy | Fused | TokenSum | Faster | Pass | Epilogue
+Kernel = Product | Copy | Fused | Held | TokenSum | Faster | Pass | Epilogue
 
 
 def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr) -> Expr:

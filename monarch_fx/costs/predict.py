@@ -128,6 +128,11 @@ def monarch_seconds(
         small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS, whole) for count in (1, 2))
         fused = np.where(rows >= choice.fused_large_tokens(n_in, n_out, held, profile.units), large, small)
         forward = np.where(rows >= least, fused, forward)
+    if dtype != "tf32" and workload == "inference" and is_aligned(ROW, shape.p, shape.s):
+        others = min(around.together, choice.TOGETHER)  # taken as alike
+        blocks = [shape.s] * others, [n_out] * others
+        if choice.held_tiles(shape.p, n_in * rank, *blocks, profile.units, DTYPE_BYTES[dtype]) is not None:
+            forward = np.where(rows == 1, seconds(shape, "held"), forward)
     if workload == "training":
         kept = halves.training(shape, around.bias)
         # the forward pass is that of inference, and the first half runs a second time

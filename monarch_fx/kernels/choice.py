@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
+HELD_FIRST, HELD_SECOND = 96, 112  # registers of a thread that may hold its part of a factor; it needs ``MORE``
+MORE = 40
+REGISTERS = 65536  # of a unit
 TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
 TERMS = 64  # that kernels for many tokens add up at once: sums between two multiples take as long as the longer one
@@ -74,6 +78,55 @@ SKINNY = Tile(16, 16, 128, 2, 5)
 SKINNY_SHORT = Tile(16, 32, 64, 4, 6)
 SKINNY_WIDE = Tile(16, 32, 128, 4, 4)
 SKINNY_WIDEST = Tile(16, 64, 128, 4, 3)
+
+
+@dataclass(frozen=True)
+class Held:
+    """How a kernel for one token cuts its work.
+
+    Attributes:
+        N: Rows of R, or columns of L, of a program.
+        K: Terms of a chunk.
+        chunks: That are held.
+        warps: Of a program.
+    """
+
+    N: int
+    K: int
+    chunks: int
+    warps: int
+
+    def registers(self, itemsize: int) -> int:
+        """Of a thread, that hold numbers of ``itemsize`` bytes."""
+        return self.chunks * self.N * self.K * itemsize // (4 * 32 * self.warps)
+
+
+def held_tiles(
+    p: int, depth: int, s: Sequence[int], n_out: Sequence[int], units: int, itemsize: int
+) -> tuple[Held, Held] | None:
+    """Of both halves of one token's products, in registers; None where others are faster, or registers too few.
+
+    Both or none: a GPU stands still to give memory from its first cache to kernels that share it in programs, and back.
+    All second halves' programs have to be there at once, else those of the next wave load where nothing computes.
+
+    Args:
+        p: Columns of the widest blocks.
+        depth: ``nblocks_in * rank`` of the deepest product, twice that where one is the gate of another.
+        s: Rows of the blocks of each product.
+        n_out: Rows of blocks of each.
+        units: Multiprocessors of the GPU.
+        itemsize: Bytes of a number.
+    """
+    K = min(_power_of_two(p), 8 * 512 // itemsize)  # 16 bytes a thread, of up to 8 warps
+    rows = (Held(N, K, -(-p // K), 8) for N in (8, 4, 2))
+    columns = (Held(32, 32 * warps // itemsize, -(-depth * itemsize // (32 * warps)), warps) for warps in (4, 8))
+    first = next((tile for tile in rows if tile.registers(itemsize) <= HELD_FIRST), None)
+    second = next((tile for tile in columns if tile.registers(itemsize) <= HELD_SECOND), None)
+    if first is None or second is None:
+        return None
+    programs = sum(-(-rows // second.N) * blocks for rows, blocks in zip(s, n_out, strict=True))
+    there = units * (REGISTERS // (32 * second.warps * (second.registers(itemsize) + MORE)))
+    return (first, second) if programs <= there else None
 
 
 def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: bool) -> Tile:

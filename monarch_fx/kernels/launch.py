@@ -17,18 +17,20 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from monarch_fx.kernels import fused, persistent, tiles, together
+from monarch_fx.kernels import fused, held, persistent, tiles, together
 from monarch_fx.kernels.choice import (
     FEW_TOKENS,
     FUSED_TOKENS,
     STRIDED_FLOPS,
     TF32,
     TOGETHER,
+    Held,
     Tile,
     first_tile,
     fused_large_tokens,
     fused_ranks,
     fused_stages,
+    held_tiles,
     second_tile,
     tf32_tokens,
 )
@@ -216,7 +218,10 @@ def few_launches(
     aligned: bool,
 ) -> tuple[int, Launch, Launch] | None:
     """The size of the intermediate, and the halves; ``strides`` between rows of x, of the results and of the gate."""
-    (n_in, n_out, rank, _), (stride_x, *others) = R, strides
+    (n_in, n_out, rank, p), (stride_x, *others) = R, strides
+    of_one = held_tiles(p, n_in * rank, L[3:], R[1:2], units(device), dtype.itemsize) if tokens == 1 else None
+    if of_one is not None:
+        return n_in * n_out * rank, *held_launches(R, L, of_one, kinds, dtype, device, aligned)
     strides_t = (tokens * n_in * rank, n_in * rank, 1) if n_in > 1 else (rank, n_out * rank, 1)
     first = first_launch(tokens, stride_x, R, strides_t, dtype, device, aligned)
     if first is None:
@@ -239,16 +244,48 @@ def launches_together(
 ) -> tuple[list[int], list[int], Launch, Launch] | None:
     """Numbers of each intermediate, bytes before it, and the halves; every intermediate is ``ALIGNED``."""
     L = [(n_out, n_in, rank, rows) for (n_in, n_out, rank, _), rows in zip(R, s, strict=True)]
+    of_one = held_together(R, s, gated is not None, dtype, device) if tokens == 1 else (None, None)
     second: Launch | None = (
-        second_launch_together(tokens, L, biases, dtype, device, aligned)
+        second_launch_together(tokens, L, of_one[1], biases, dtype, device, aligned)
         if gated is None
-        else gated_launch(tokens, L, biases, gated, dtype, device, aligned)
+        else gated_launch(tokens, L, of_one[1], biases, gated, dtype, device, aligned)
     )
     if second is None:
         return None
     sizes = [-(-tokens * n_in * n_out * rank // ALIGNED) * ALIGNED for n_in, n_out, rank, _ in R]
     offsets = [sum(sizes[:i]) * dtype.itemsize for i in range(len(sizes))]
-    return sizes, offsets, first_launch_together(tokens, stride_x, R, dtype, device, aligned), second
+    return sizes, offsets, first_launch_together(tokens, stride_x, R, of_one[0], dtype, device, aligned), second
+
+
+def held_launches(
+    R: Sequence[int],
+    L: Sequence[int],
+    held_by: tuple[Held, Held],
+    kinds: tuple[bool, str, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> tuple[Launch, Launch]:
+    """Halves of one token whose programs hold their factors."""
+    (n_in, n_out, rank, p), s, (rows, columns) = R, L[3], held_by
+    (row, read), (t_row, written) = _in_parts(dtype, p), _in_parts(dtype, n_out * rank, rank, n_in * rank)
+    options = {**_held_options(rows, device), "ROW": row, "T_ROW": t_row}
+    grid = triton.cdiv(n_out * rank, rows.N), n_in
+    first = Launch(held.first, grid, {}, (*read, *written), options, aligned)
+    row, parts = _in_parts(dtype, n_in * rank, s)
+    options = {**_held_options(columns, device), **_constants(kinds), "ROW": row}
+    grid = triton.cdiv(s, columns.N), n_out
+    return first, Launch(held.second, grid, {}, parts, options, aligned)
+
+
+def held_together(
+    R: Sequence[Sequence[int]], s: Sequence[int], gated: bool, dtype: torch.dtype, device: torch.device
+) -> tuple[Held, Held] | tuple[None, None]:
+    """The tiles of both halves of one token's products, if their programs hold the factors."""
+    n_in, n_out, rank, p = zip(*R, strict=True)
+    depths = [a * b for a, b in zip(n_in, rank, strict=True)]
+    depth, last = (2 * max(depths), 1) if gated else (max(depths), 0)  # a program of a gated pair holds both
+    return held_tiles(max(p), depth, s[last:], n_out[last:], units(device), dtype.itemsize) or (None, None)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -364,6 +401,7 @@ def first_launch_together(
     tokens: int,
     stride_x: int,
     factors: Sequence[Sequence[int]],
+    of_one: Held | None,
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
@@ -371,17 +409,18 @@ def first_launch_together(
     n_in, n_out, rank, p = zip(*factors, strict=True)
     width = [a * b for a, b in zip(n_out, rank, strict=True)]
     columns = sum(a * b for a, b in zip(width, n_in, strict=True))
-    tile = first_tile(tokens, columns, 1, units(device), described=False)
+    tile = of_one or first_tile(tokens, columns, 1, units(device), described=False)
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
     row, parts = _in_parts(dtype, stride_x, *filled(p), *filled(width), *filled(rank))
-    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
+    options = {**_options_together(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
     return Launch(together.first, (programs,), {}, (tokens, *parts, *filled(n_in)), options, aligned)
 
 
 def second_launch_together(
     tokens: int,
     factors: Sequence[Sequence[int]],
+    of_one: Held | None,
     biases: Sequence[bool],
     dtype: torch.dtype,
     device: torch.device,
@@ -390,11 +429,13 @@ def second_launch_together(
     n_out, n_in, rank, s = zip(*factors, strict=True)
     depth = [a * b for a, b in zip(n_in, rank, strict=True)]
     columns = sum(a * b for a, b in zip(s, n_out, strict=True))
-    tile = second_tile(tokens, columns, max(depth), 1, units(device), described=False, activated=False, gated=False)
+    tile = of_one or second_tile(
+        tokens, columns, max(depth), 1, units(device), described=False, activated=False, gated=False
+    )
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(s, n_out, strict=True))
     row, parts = _in_parts(dtype, *filled(depth), *filled(s))
-    options = {**_options(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
+    options = {**_options_together(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
     options |= {"BIAS": _bits(biases), "FAST": not INTERPRETED}
     return Launch(together.second, (programs,), {}, (tokens, *parts, *filled(n_out)), options, aligned)
 
@@ -402,6 +443,7 @@ def second_launch_together(
 def gated_launch(
     tokens: int,
     factors: Sequence[Sequence[int]],
+    of_one: Held | None,
     biases: Sequence[bool],
     activation: str,
     dtype: torch.dtype,
@@ -411,12 +453,14 @@ def gated_launch(
     """None where a tile of results would lie in several blocks of a factor."""
     n_out, n_in, rank, s = zip(*factors, strict=True)
     depth = [a * b for a, b in zip(n_in, rank, strict=True)]
-    tile = second_tile(tokens, s[1], sum(depth), n_out[1], units(device), described=False, activated=True, gated=True)
+    tile = of_one or second_tile(
+        tokens, s[1], sum(depth), n_out[1], units(device), described=False, activated=True, gated=True
+    )
     if s[0] != s[1] and (s[0] % tile.N or s[1] % tile.N):
         return None
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
     row, parts = _in_parts(dtype, *depth, *s)
-    options = {**_options(tile, device), "EVEN": _bits(even), "ROW": row, "BIAS": _bits(biases)}
+    options = {**_options_together(tile, device), "EVEN": _bits(even), "ROW": row, "BIAS": _bits(biases)}
     options |= {"ACT": activation, "FAST": not INTERPRETED}
     grid = triton.cdiv(s[1], tile.N), n_out[1]
     return Launch(together.gated, grid, {}, (tokens, *parts, n_out[1]), options, aligned)
@@ -469,6 +513,15 @@ def _in_parts(dtype: torch.dtype, *sizes: int) -> tuple[int, list[int]]:
 def _options(tile: Tile, device: torch.device) -> dict[str, Any]:
     launch = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages}
     return {"M": tile.M, "N": tile.N, "K": tile.K, **launch, **_early(device)}
+
+
+def _held_options(tile: Held, device: torch.device) -> dict[str, Any]:
+    launch = {} if INTERPRETED else {"num_warps": tile.warps}
+    return {"N": tile.N, "K": tile.K, "C": tile.chunks, **launch, **_early(device)}
+
+
+def _options_together(tile: Tile | Held, device: torch.device) -> dict[str, Any]:
+    return {"C": 0, **_options(tile, device)} if isinstance(tile, Tile) else {"M": 1, **_held_options(tile, device)}
 
 
 def _early(device: torch.device) -> dict[str, Any]:
