@@ -15,7 +15,6 @@ import torch
 
 import benchmarks.choices
 import benchmarks.cpu
-import benchmarks.few_tokens
 import benchmarks.gpu
 import benchmarks.gpu_models
 import benchmarks.halves

@@ -52,7 +52,8 @@ def launched() -> Iterator[Table]:
             waited = f"{busy / 1e3:.2f}", f"{gaps.total() / 1e3:.2f}", gaps.most_common(1)[0][0][:40]
             table.rows.append((work.name, name, *cells, str(len(kernels)), *waited))
             counts = collections.Counter(kernel.name for kernel in kernels)
-            table.raw[f"{work.name}, {name}"] = {"seconds": samples, "kernels": counts, "gaps_us": gaps}
+            raw = {"seconds": samples, "kernels": dict(counts), "gaps_us": dict(gaps)}  # asdict can't copy a Counter
+            table.raw[f"{work.name}, {name}"] = raw
             yield table
 
 

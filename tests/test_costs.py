@@ -180,7 +180,8 @@ class TestSeconds:
             ("cpu", 1024, MonarchShape(768, 768, 1, 1, 192), True),
             ("cpu", 1024, MonarchShape(768, 3072, 4, 4, 64), True),
             ("cpu", 16, MonarchShape(64, 64, 4, 4, 8), False),  # launches
-            ("h100", 1, MonarchShape(768, 3072, 1, 1, 304), False),
+            ("h100", 1, MonarchShape(768, 3072, 1, 1, 304), True),
+            ("h100", 4, MonarchShape(768, 3072, 1, 1, 304), False),
             ("h100", 4096, MonarchShape(768, 768, 4, 4, 48), False),
             ("h100", 16384, MonarchShape(1024, 1024, 1, 1, 256), True),
             ("h100", 8192, MonarchShape(4096, 4096, 4, 4, 256), True),
@@ -483,9 +484,34 @@ class TestSurroundings:
             )
 
         for together, shared in ((1, 0), (2, 1), (3, 4 / 3), (8, 4 / 3)):  # of a product's two launches
-            assert saved(1, together) == pytest.approx(shared * self.h100.kernel_launch_s, rel=1e-6)
+            assert saved(4, together) == pytest.approx(shared * self.h100.kernel_launch_s, rel=1e-6)
         assert saved(65, together=3) == 0
         assert saved(1, together=3, workload="training") == 0
+
+    # benchmarks/results/layers-gpu, bfloat16; the fourth one's factors don't fit in registers
+    @pytest.mark.parametrize(
+        ("shape", "microseconds"),
+        [
+            (MonarchShape(1024, 4096, 2, 2, 192), 4.3),
+            (MonarchShape(4096, 4096, 4, 4, 256), 8.6),
+            (MonarchShape(8192, 8192, 8, 2, 256), 17.2),
+            (MonarchShape(4096, 14336, 4, 4, 384), 22.9),
+        ],
+        ids=str,
+    )
+    def test_one_token_whose_factors_registers_hold(self, shape: MonarchShape, microseconds: float) -> None:
+        one, two = monarch_seconds(self.h100, np.array([1, 2]), shape, dtype="bfloat16") * 1e6
+        assert one == pytest.approx(microseconds, rel=0.1)
+        assert (one < 0.95 * two) == (shape.out_features < 14336)
+        assert monarch_seconds(self.h100, 1, shape, dtype="tf32") * 1e6 > one
+
+    def test_one_token_together_is_held_where_all_products_are(self) -> None:
+        shape, options = MonarchShape(4096, 4096, 4, 4, 256), {"dtype": "bfloat16"}
+        alone, pair, three = (
+            monarch_seconds(self.h100, 1, shape, around=Surroundings(together=count), **options) for count in (1, 2, 3)
+        )
+        assert alone - self.h100.kernel_launch_s < pair < alone  # a launch less
+        assert three > pair  # 384 programs of second halves; 264 are there at once
 
 
 class TestTraining:

@@ -303,7 +303,7 @@ class TestDecide:
             ("cpu", 32, (768, 8), False),  # too small for rank 16
             ("cpu", 32, (32, 32), False),  # a second launch costs more
             ("h100", 8192, (4096, 4096), True),
-            ("h100", 1, (256, 256), False),  # launches
+            ("h100", 2, (256, 256), False),  # launches
             ("h100", 1, (4096, 14336), True),  # decode reads fewer weights
         ],
     )
@@ -318,12 +318,12 @@ class TestDecide:
         with pytest.warns(BudgetWarning):
             decisions = decided(
                 [candidate("router", 768, 8), candidate("w", 256, 256)],
-                tokens={1: 1.0, 8: 1.0},
+                tokens={2: 1.0, 8: 1.0},
                 profile="h100",
                 dtype="bfloat16",
             )
         assert decisions["router"].reason == "no structure of rank 16 has fewer parameters than 8 x 768 weights"
-        assert decisions["w"].reason == "no structure is predicted clearly faster at 1 and 8 tokens"
+        assert decisions["w"].reason == "no structure is predicted clearly faster at 2 and 8 tokens"
 
     def test_without_the_time_rule_slower_structures_are_allowed(self) -> None:
         config = MonarchConfig(require_speedup=False)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from monarch_fx.costs import formulas
 from monarch_fx.costs.halves import Halves, Seconds, is_aligned
-from monarch_fx.costs.kernel import TF32_GRADIENTS, TF32_KERNELS
+from monarch_fx.costs.kernel import HELD_LAUNCH, TF32_GRADIENTS, TF32_KERNELS
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
@@ -128,17 +128,19 @@ def monarch_seconds(
         small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS, whole) for count in (1, 2))
         fused = np.where(rows >= choice.fused_large_tokens(n_in, n_out, held, profile.units), large, small)
         forward = np.where(rows >= least, fused, forward)
+    launch_s: Seconds = profile.kernel_launch_s
     if dtype != "tf32" and workload == "inference" and is_aligned(ROW, shape.p, shape.s):
         others = min(around.together, choice.TOGETHER)  # taken as alike
         blocks = [shape.s] * others, [n_out] * others
         if choice.held_tiles(shape.p, n_in * rank, *blocks, profile.units, DTYPE_BYTES[dtype]) is not None:
             forward = np.where(rows == 1, seconds(shape, "held"), forward)
+            launch_s = np.where(rows == 1, HELD_LAUNCH * launch_s, launch_s)
     if workload == "training":
         kept = halves.training(shape, around.bias)
         # the forward pass is that of inference, and the first half runs a second time
         return kept - halves.forward(shape, around.bias) + forward + halves.first(shape) if recomputed else kept
     shared = 0 if dtype == "tf32" else 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
-    forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * profile.kernel_launch_s, 0.0)
+    forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * launch_s, 0.0)
     return forward + seconds(shape, "epilogue") if activated else forward
 
 
