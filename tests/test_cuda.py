@@ -331,6 +331,22 @@ def test_products_of_the_same_rows_together() -> None:
     assert len(graphs) == 1
 
 
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_factors_that_the_kernel_in_front_wrote(tokens: int) -> None:
+    """Kernels start before the one in front has ended."""
+    x = torch.randn(tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    factors = [torch.randn(2, 2, 512, 2048, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    pairs = [(factors[0], factors[1]), (factors[2], factors[3])]
+    R, L = (torch.empty_like(factor) for factor in pairs[0])
+    with torch.no_grad():
+        right = [mfx.monarch_bmm(x, *pair) for pair in pairs]
+        for i in range(200):
+            copied = list(zip((R, L), pairs[i % 2], strict=True))
+            for to, factor in copied if i % 3 else reversed(copied):
+                to.copy_(factor)
+            assert torch.equal(mfx.monarch_bmm(x, R, L), right[i % 2])
+
+
 @pytest.mark.parametrize("grids", [(2, 2), (4, 2), (16, 2)])
 @pytest.mark.parametrize("tokens", [1, 16, 17, 64])
 def test_a_gate_in_the_same_launch(tokens: int, grids: tuple[int, int]) -> None:

@@ -1,8 +1,9 @@
-"""One token: halves whose programs keep what they need of a factor in registers, and load it before they may begin.
+"""One token: halves whose programs load what they need of a factor into registers, all of it at once.
 
-The loads stand before the wait for the kernel in front: a second half's factor is on its way while the first half runs.
-Sums are each thread's own, not tensor cores', since what these read goes through shared memory once more. Products that
-read the same token run these functions, too (``together``). Sizes are in parts of ``ROW`` numbers, as in ``tiles``.
+A second half does so before it waits for the first one. That one lets it start only when it has itself waited: what is
+in front of both may have written the factors (a cast, an optimizer's step), and is over then. Sums are each thread's
+own, not tensor cores', since what these read goes through shared memory once more. Products that read the same token
+run these functions, too (``together``). Sizes are in parts of ``ROW`` numbers, as in ``tiles``.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ def first(
     Sizes of t, and ``depth``, its numbers for one j, are in parts of ``T_ROW``.
     """
     if PDL:
+        gdc_wait()
         gdc_launch_dependents()
     n = tl.program_id(0) * N + tl.arange(0, N)  # over j and i
     k = tl.program_id(1)
-    first_rows(x_ptr, r_ptr, t_ptr, n, k, p * ROW, width * T_ROW, rank * T_ROW, depth * T_ROW, N, K, C, PDL)
+    first_rows(x_ptr, r_ptr, t_ptr, n, k, p * ROW, width * T_ROW, rank * T_ROW, depth * T_ROW, N, K, C)
 
 
 @triton.jit
 def first_rows(
     x_ptr, r_ptr, t_ptr, n, k,
     p, width, rank, depth,
-    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr, PDL: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n`` of what block column k gives."""
     c = tl.arange(0, K)
@@ -43,8 +45,6 @@ def first_rows(
     rows = ()
     for i in tl.static_range(C):
         rows += (tl.load(r + i * K, mask=(n[:, None] < width) & (c[None, :] < p - i * K), other=0.0),)
-    if PDL:
-        gdc_wait()
     x = x_ptr + k * p + c
     acc = tl.zeros((N, K), tl.float32)
     for i in tl.static_range(C):

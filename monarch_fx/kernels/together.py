@@ -25,8 +25,11 @@ def first(
 ):  # fmt: skip
     """As ``tiles.first``, for COUNT products; bit i of EVEN: no tile of product i is cut off."""
     if PDL:
-        gdc_launch_dependents()
-        if C == 0:
+        if C:
+            gdc_wait()
+            gdc_launch_dependents()
+        else:
+            gdc_launch_dependents()
             gdc_wait()
     r, t = (r0_ptr, r1_ptr, r2_ptr), (t0_ptr, t1_ptr, t2_ptr)
     p, width = (p0 * ROW, p1 * ROW, p2 * ROW), (width0 * ROW, width1 * ROW, width2 * ROW)
@@ -39,7 +42,7 @@ def first(
             n = tile % columns * N + tl.arange(0, N)
             depth = n_in[i] * rank[i]
             if C:
-                first_rows(x_ptr, r[i], t[i], n, tile // columns, p[i], width[i], rank[i], depth, N, K, C, PDL)
+                first_rows(x_ptr, r[i], t[i], n, tile // columns, p[i], width[i], rank[i], depth, N, K, C)
             else:
                 first_tile(
                     x_ptr, r[i], t[i], m, n, tile // columns,
