@@ -2,7 +2,7 @@
 
 The rules were read off the times of every tile of this file on an H100, bfloat16, for 17 structures of 768 to 14336
 features at 16 to 16384 tokens, and for many tokens anew: 70 first halves, 324 second ones, 118 whole products
-(benchmarks/results/tiles-h100).
+(benchmarks/results/tiles-h100); one token's off pairs of both halves there (few-tokens-h100).
 """
 
 from __future__ import annotations
