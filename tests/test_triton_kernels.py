@@ -110,6 +110,17 @@ def check_gated(
     assert ((y.double() - right).abs() <= 6 * EPS * scale[0] * scale[1] + 4e-6 * scale[1]).all()
 
 
+def check_together(tokens: int) -> None:
+    """Three products, and one that is the gate of another."""
+    x, R, L, biases, y = operands_together(tokens, GROUPS[1])
+    assert launch.halves(x, R, L, y, biases, None)
+    for product in zip(R, L, y, biases, strict=True):
+        check(x, *product, None, "none")
+    x, R, L, biases, (_, y) = operands_together(tokens, PAIRS[0])
+    assert launch.halves(x, R, L, [y], biases, "silu")
+    check_gated(x, R, L, y, biases, "silu")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_two_halves(shape: tuple[int, ...]) -> None:
     x, R, L, t, y = operands(*shape)
@@ -226,24 +237,12 @@ def test_a_product_that_is_the_gate_of_another(
 def test_every_tile_of_products_together(tile: choice.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "first_tile", lambda *sizes, **features: tile)
     monkeypatch.setattr(launch, "second_tile", lambda *sizes, **features: tile)
-    x, R, L, biases, y = operands_together(16, GROUPS[1])
-    assert launch.halves(x, R, L, y, biases, None)
-    for product in zip(R, L, y, biases, strict=True):
-        check(x, *product, None, "none")
-    x, R, L, biases, (_, y) = operands_together(16, PAIRS[0])
-    assert launch.halves(x, R, L, [y], biases, "silu")
-    check_gated(x, R, L, y, biases, "silu")
+    check_together(16)
 
 
 def test_products_of_one_token_that_no_program_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "held_tiles", lambda *sizes: None)
-    x, R, L, biases, y = operands_together(1, GROUPS[1])
-    assert launch.halves(x, R, L, y, biases, None)
-    for product in zip(R, L, y, biases, strict=True):
-        check(x, *product, None, "none")
-    x, R, L, biases, (_, y) = operands_together(1, PAIRS[0])
-    assert launch.halves(x, R, L, [y], biases, "silu")
-    check_gated(x, R, L, y, biases, "silu")
+    check_together(1)
 
 
 @pytest.mark.parametrize("rank", [31, 32, 33, 150])
