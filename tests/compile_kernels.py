@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from monarch_fx.kernels import choice, fused, held, launch, padding, persistent, tiles, together
+from monarch_fx.kernels import ahead, choice, fused, held, launch, padding, persistent, tiles, together
 from monarch_fx.kernels.choice import Held, Tile
 
 UNITS = 132
@@ -48,6 +48,7 @@ def compiled(
     stages: int,
     number: str = "bf16",
     of_one: Held | None = None,
+    is_ahead: bool = False,
     **descriptors: str,
 ) -> int:
     """Bytes of shared memory."""
@@ -71,6 +72,15 @@ def compiled(
         loads = re.findall(r"ld\.global\.(v4)?", before)
         registers = 0 if is_first else of_one.registers(4 if number == "fp32" else 2)
         assert loads == registers // 4 * ["v4"], f"{kernel} waits, {registers} registers expected, with loads {loads}"
+        assert "griddepcontrol.launch_dependents" not in before, f"{kernel} lets others start before it waits"
+    elif is_ahead and arch >= 90:
+        before, after = found.asm["ptx"].split("griddepcontrol.wait")
+        is_first = "griddepcontrol.launch_dependents" in after
+        copies = len(re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], 0x10", before))
+        # of 16 bytes a thread, all that is on its way; what is in front of a first half may have written the factors
+        expected = (stages - 1) * constants["C"] * constants["N"] * constants["K"] * 2 // (16 * 32 * warps)
+        assert copies == (0 if is_first else expected), f"{kernel} waits with {copies} copies on their way"
+        assert "ld.global" not in before, f"{kernel} loads before it waits"
         assert "griddepcontrol.launch_dependents" not in before, f"{kernel} lets others start before it waits"
     elif "ROW" in constants and of_one is None:
         assert "st.global.b" not in found.asm["ptx"], f"{kernel} stores number by number"
@@ -195,7 +205,33 @@ def kernels_of_one_token(arch: int) -> Iterator[tuple[str, int]]:
             yield f"gated, held {name}", compiled(arch, together.gated, constants, second.warps, 3, number, second)
 
 
+def kernels_ahead(arch: int) -> Iterator[tuple[str, int]]:
+    pdl = {"PDL": arch >= 90, "ROW": padding.ROW}
+    sizes = itertools.product((200, 1024, 4096), (16, 256), (48, 192, 640, 704, 1280), (512, 2048))
+    tiles = (choice.ahead_tiles(p, [width], [4], depth, [s], [4], UNITS) for p, width, depth, s in sizes)
+    firsts, seconds = zip(*filter(None, tiles), strict=True)
+    for tile in set(firsts):
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "C": tile.chunks, **pdl}
+        for name, kernel, more in (
+            ("ahead", ahead.first, {"T_ROW": padding.ROW}),
+            ("ahead, together", together.first, {"COUNT": 1, "EVEN": 0}),
+        ):
+            shared = compiled(arch, kernel, {**constants, **more}, tile.warps, tile.stages, is_ahead=True)
+            yield f"first, {name} {tile}", shared
+    for tile in set(seconds):
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "C": tile.chunks, "BIAS": True, "FAST": True, **pdl}
+        for name, kernel, more in (
+            ("ahead", ahead.second, {"ACT": "silu", "GATED": True}),
+            ("ahead, together", together.second, {"COUNT": 1, "EVEN": 0}),
+        ):
+            shared = compiled(arch, kernel, {**constants, **more}, tile.warps, tile.stages, is_ahead=True)
+            yield f"second, {name} {tile}", shared
+
+
 if __name__ == "__main__":
-    all_made = (made(int(sys.argv[1])) for made in (kernels, kernels_in_tf32, kernels_together, kernels_of_one_token))
+    all_made = (
+        made(int(sys.argv[1]))
+        for made in (kernels, kernels_in_tf32, kernels_together, kernels_of_one_token, kernels_ahead)
+    )
     for name, shared in itertools.chain(*all_made):
         print(json.dumps([name, shared]), flush=True)

@@ -79,6 +79,8 @@ def product(
     y = torch.empty(tokens, n_out * s, dtype=HALF, device="cuda")
     if fused:
         assert launch.whole(x, R, L, y, *epilogue, activation)
+    elif tokens <= choice.FEW_TOKENS:
+        assert launch.few(x, R, L, y, *epilogue, activation)
     else:
         t = torch.empty(n_out, tokens, n_in * rank, dtype=HALF, device="cuda")
         assert launch.first_half(x, R, t)
@@ -172,8 +174,11 @@ def cases() -> Iterator[Callable[[], None]]:
         yield functools.partial(product, sizes, fused, activation, bias=True, gate=True)
     for sizes in ((1, 2, 2, 20, 2100, 50), (1, 1, 2, 5, 8000, 33), (1, 3, 1, 301, 17, 70), (1, 4, 1, 450, 20, 40)):
         yield functools.partial(product, sizes)
-    for activation in ACTIVATIONS:
-        yield functools.partial(product, RAGGED[0], False, activation, bias=True, gate=True)
+    at_once = (2, 3, 2, 24, 1104, 72), (11, 1, 3, 150, 264, 40), (16, 4, 9, 100, 24, 48), (5, 3, 2, 220, 32, 40)
+    for sizes in (*at_once, (7, 2, 8, 30, 72, 600), (4, 2, 2, 700, 24, 40)):
+        yield functools.partial(product, sizes)
+    for sizes, activation in itertools.product(RAGGED[:2], ACTIVATIONS):
+        yield functools.partial(product, sizes, False, activation, bias=True, gate=True)
     whole = (64, 1, 3, 33, 128, 64), (1, 3, 2, 64, 64, 192), (100, 3, 3, 16, 64, 64), (100, 1, 2, 90, 64, 64)
     for sizes in (*whole, (130, 2, 3, 72, 96, 104), (12000, 2, 2, 96, 64, 64)):
         yield functools.partial(product, sizes, True)

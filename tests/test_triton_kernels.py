@@ -47,6 +47,21 @@ HELD = [
     ((3, 1, 301, 17, 70), (8, 1, 8)),
     ((4, 1, 450, 20, 40), None),
 ]
+# of 2 to 16 tokens, loaded at once: one chunk of R or two, several rounds of them; rows of 16 or of 32 a program,
+# columns of 32 or of 64, in one round or two; with one column of blocks; too long, too many programs, narrow loads
+AHEAD = [
+    ((2, 3, 8, 40, 24), (16, 1, 32, 1, 2)),
+    ((3, 2, 24, 1104, 72), (16, 2, 32, 1, 2)),
+    ((1, 3, 150, 264, 40), (16, 2, 32, 2, 2)),
+    ((4, 4, 100, 24, 48), (32, 1, 32, 4, 2)),
+    ((3, 2, 220, 32, 40), (32, 1, 32, 3, 3)),
+    ((2, 4, 30, 72, 600), (16, 1, 64, 1, 2)),
+    ((2, 2, 700, 24, 40), None),
+    ((4, 1, 170, 24, 2104), None),
+    ((4, 8, 100, 24, 48), None),
+    ((2, 3, 8, 36, 24), None),
+    ((2, 3, 8, 40, 20), None),
+]
 TILES = [tile for tile in vars(choice).values() if isinstance(tile, choice.Tile)]
 EPILOGUES = [(True, False, name) for name in ACTIVATIONS] + [(False, True, "silu"), (True, True, "gelu")]
 
@@ -271,6 +286,43 @@ def test_one_token(shape: tuple[int, ...], expected: tuple[int, int, int] | None
     check(x, R, L, y, None, None, "none")
 
 
+@pytest.mark.parametrize(("shape", "expected"), AHEAD)
+@pytest.mark.parametrize("tokens", [2, 11, 16])
+def test_factors_loaded_at_once(
+    shape: tuple[int, ...], expected: tuple[int, ...] | None, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "units", lambda device: 64)
+    x, R, L, _, y = operands(tokens, *shape)
+    tiles = launch.tiles_ahead(tokens, [R.shape], [L.shape[3]], x.dtype, x.device)
+    found = tiles and (tiles[0].N, tiles[0].chunks, tiles[1].N, tiles[1].chunks, tiles[1].stages)
+    assert found == expected
+    assert launch.few(x, R, L, y, None, None, "none")
+    check(x, R, L, y, None, None, "none")
+
+
+def test_few_tokens_of_wide_blocks_with_long_sums_are_loaded_one_after_another() -> None:
+    """Where programs have too few terms of each on their way, as wide ones of the first half do."""
+    sizes = {"width": [1024], "n_in": [4], "s": [1024], "n_out": [4], "units": 132}
+    assert choice.ahead_tiles(2048, depth=1024, **sizes) is not None
+    assert choice.ahead_tiles(3584, depth=1024, **sizes) is None
+    assert choice.ahead_tiles(3584, depth=640, **sizes) is not None
+
+
+@pytest.mark.parametrize("tokens", [2, 16])
+@pytest.mark.parametrize("shapes", [((5, 3, 8, 24), (1, 1, 20, 40)), *GROUPS[1:]])
+def test_products_together_loaded_at_once(
+    shapes: tuple[tuple[int, ...], ...], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "units", lambda device: 64)
+    x, R, L, biases, y = operands_together(tokens, shapes)
+    some = [None if i == 1 else bias for i, bias in enumerate(biases)]
+    found = launch.tiles_ahead(tokens, [r.shape for r in R], [w.shape[3] for w in L], x.dtype, x.device)
+    assert (found is None) == (shapes == GROUPS[1])  # whose rows are no multiples of 16 bytes
+    assert launch.halves(x, R, L, y, some, None)
+    for product in zip(R, L, y, some, strict=True):
+        check(x, *product, None, "none")
+
+
 def test_one_token_s_second_halves_are_held_where_all_programs_fit() -> None:
     fit, too_many = (choice.held_tiles(1024, 1024, [s], [4], 132, 2) for s in (2112, 2144))
     assert fit is not None
@@ -280,16 +332,18 @@ def test_one_token_s_second_halves_are_held_where_all_programs_fit() -> None:
 
 
 @pytest.mark.parametrize(("with_bias", "gated", "activation"), EPILOGUES)
-@pytest.mark.parametrize("kernel", ["held", "few", "tiles", "persistent", "fused", "fused, ragged"])
-def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str) -> None:
-    tokens, s = (40, 50) if kernel in ("held", "few", "tiles") else (130, 72 if "ragged" in kernel else 128)
-    tokens = 1 if kernel == "held" else tokens
+@pytest.mark.parametrize("kernel", ["held", "ahead", "few", "tiles", "persistent", "fused", "fused, ragged"])
+def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = ("held", "ahead", "few", "tiles")
+    tokens, s = (40, 56) if kernel in few else (130, 72 if "ragged" in kernel else 128)
+    tokens = {"held": 1, "ahead": 9}.get(kernel, tokens)
+    monkeypatch.setattr(launch, "units", lambda device: 64)
     x, R, L, t, y = operands(tokens, 2, 2, 24, 64, s)
     bias = torch.randn(2 * s, dtype=torch.float16, device=DEVICE) if with_bias else None
     gate = torch.randn(tokens, 2 * s + 8, dtype=torch.float16, device=DEVICE)[:, : 2 * s] if gated else None
     if "fused" in kernel:
         launch.whole(x, R, L, y, bias, gate, activation)
-    elif kernel in ("held", "few"):
+    elif kernel in few[:3]:
         launch.few(x, R, L, y, bias, gate, activation)
     else:
         launch.first_half(x, R, t)

@@ -15,7 +15,20 @@ from collections.abc import Iterable
 import sympy
 from sympy import Expr, Max
 
-from monarch_fx.costs.kernel import Copy, Epilogue, Faster, Fused, Held, Kernel, Pass, Product, TokenSum
+from monarch_fx.costs.kernel import (
+    AHEAD_FIRST_S,
+    AHEAD_SECOND_S,
+    Ahead,
+    Copy,
+    Epilogue,
+    Faster,
+    Fused,
+    Held,
+    Kernel,
+    Pass,
+    Product,
+    TokenSum,
+)
 from monarch_fx.costs.symbols import (
     at_least_one,
     batch,
@@ -163,6 +176,14 @@ def fused(rows: int, tokens_each: int, whole: bool = True) -> tuple[Kernel, ...]
 def held() -> tuple[Kernel, ...]:
     """Both halves of one token whose factors registers hold; see ``Held``. For inference alone."""
     return Held(nblocks_in, p, nblocks_out * rank), Held(nblocks_out, nblocks_in * rank, s)
+
+
+def ahead() -> tuple[Kernel, ...]:
+    """Both halves of few tokens that ask for their factors at once; see ``Ahead``. For inference alone."""
+    return (
+        Ahead(nblocks_in, p, nblocks_out * rank, AHEAD_FIRST_S),
+        Ahead(nblocks_out, nblocks_in * rank, s, AHEAD_SECOND_S),
+    )
 
 
 def flops(kernels: Iterable[Kernel]) -> Expr:

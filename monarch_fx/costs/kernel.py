@@ -55,6 +55,10 @@ CACHE_SPEED = 20  # over that of the memory; with ``fused_efficiency`` the best 
 # A half of one token: its share of ``kernel_launch_s``, and of the memory's speed; read off 15 pairs of few-tokens-h100
 HELD_LAUNCH = 0.88
 HELD_TRAFFIC = 1.08
+# The same of a half of 2 to 16 tokens that asks for its factor at once; read off 164 products of few-tokens-h100
+AHEAD_LAUNCH = 0.96
+AHEAD_TRAFFIC = 0.65
+AHEAD_FIRST_S, AHEAD_SECOND_S = 1.07e-9, 1.9e-9  # of each term of a program's sums
 # GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
 
@@ -194,6 +198,34 @@ class Held:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """``batch`` products (tokens, k) @ (k, n) of few tokens in one launch, whose programs ask for their factor at once.
+
+    ``term_s``: what each term adds to the time of a program, all of which run side by side.
+    """
+
+    batch: Expr
+    k: Expr
+    n: Expr
+    term_s: float
+
+    @property
+    def flops(self) -> Expr:
+        """Multiplications and additions, one each for every (batch, token, k, n)."""
+        return 2 * self.batch * tokens * self.k * self.n
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """The factor, which is nearly all: read once."""
+        return dtype_bytes * self.batch * self.k * self.n
+
+    @property
+    def seconds(self) -> Expr:
+        traffic_s = AHEAD_TRAFFIC * self.bytes_moved / bandwidth_bytes_per_s
+        return AHEAD_LAUNCH * kernel_launch_s + traffic_s + self.term_s * self.k
+
+
+@dataclass(frozen=True)
 class TokenSum:
     """The gradients of ``batch`` matrices (m, n), as sums over all tokens, in one call of a library.
 
@@ -321,7 +353,7 @@ class Copy:
         return (self,)
 
 
-Kernel = Product | Copy | Fused | Held | TokenSum | Faster | Pass | Epilogue
+Kernel = Product | Copy | Fused | Held | Ahead | TokenSum | Faster | Pass | Epilogue
 
 
 def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr) -> Expr:

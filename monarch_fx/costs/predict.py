@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from monarch_fx.costs import formulas
 from monarch_fx.costs.halves import Halves, Seconds, is_aligned
-from monarch_fx.costs.kernel import HELD_LAUNCH, TF32_GRADIENTS, TF32_KERNELS
+from monarch_fx.costs.kernel import AHEAD_LAUNCH, HELD_LAUNCH, TF32_GRADIENTS, TF32_KERNELS
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
@@ -131,10 +131,14 @@ def monarch_seconds(
     launch_s: Seconds = profile.kernel_launch_s
     if dtype != "tf32" and workload == "inference" and is_aligned(ROW, shape.p, shape.s):
         others = min(around.together, choice.TOGETHER)  # taken as alike
-        blocks = [shape.s] * others, [n_out] * others
-        if choice.held_tiles(shape.p, n_in * rank, *blocks, profile.units, DTYPE_BYTES[dtype]) is not None:
+        depth, blocks, units = n_in * rank, ([shape.s] * others, [n_out] * others), profile.units
+        if choice.held_tiles(shape.p, depth, *blocks, units, DTYPE_BYTES[dtype]) is not None:
             forward = np.where(rows == 1, seconds(shape, "held"), forward)
             launch_s = np.where(rows == 1, HELD_LAUNCH * launch_s, launch_s)
+        if choice.ahead_tiles(shape.p, [n_out * rank] * others, [n_in] * others, depth, *blocks, units) is not None:
+            are_few = (rows > 1) & (rows <= choice.AHEAD_TOKENS)
+            forward = np.where(are_few, seconds(shape, "ahead"), forward)
+            launch_s = np.where(are_few, AHEAD_LAUNCH * launch_s, launch_s)
     if workload == "training":
         kept = halves.training(shape, around.bias)
         # the forward pass is that of inference, and the first half runs a second time

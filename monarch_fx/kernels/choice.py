@@ -2,7 +2,8 @@
 
 The rules were read off the times of every tile of this file on an H100, bfloat16, for 17 structures of 768 to 14336
 features at 16 to 16384 tokens, and for many tokens anew: 70 first halves, 324 second ones, 118 whole products
-(benchmarks/results/tiles-h100); one token's off pairs of both halves there (few-tokens-h100).
+(benchmarks/results/tiles-h100); one token's off pairs of both halves there, and few tokens' off 201 products
+(few-tokens-h100).
 """
 
 from __future__ import annotations
@@ -15,6 +16,10 @@ from dataclasses import dataclass
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
 HELD_FIRST, HELD_SECOND = 96, 112  # registers of a thread that may hold its part of a factor; it needs ``MORE``
 MORE = 40
+AHEAD_TOKENS = 16  # of a tile
+AHEAD_TERMS = 640  # of a sum, that are loaded together: registers hold no more of the intermediate
+AHEAD_ROUNDS = 2
+AHEAD_WIDE = 2048  # columns of a block
 REGISTERS = 65536  # of a unit
 TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
@@ -44,6 +49,7 @@ class Tile:
         warps: Of a program.
         stages: Tiles of operands on their way.
         per_unit: Programs on each multiprocessor that walk over all tiles; 0: every tile has a program of its own.
+        chunks: Of K terms each, that are loaded together (``ahead``); 0: one after another.
     """
 
     M: int
@@ -52,6 +58,7 @@ class Tile:
     warps: int
     stages: int
     per_unit: int = 0
+    chunks: int = 0
 
     def holding(self, itemsize: int) -> Tile:
         """Tiles of half precision, with as many bytes of numbers of ``itemsize`` bytes."""
@@ -127,6 +134,42 @@ def held_tiles(
     programs = sum(-(-rows // second.N) * blocks for rows, blocks in zip(s, n_out, strict=True))
     there = units * (REGISTERS // (32 * second.warps * (second.registers(itemsize) + MORE)))
     return (first, second) if programs <= there else None
+
+
+def ahead_tiles(
+    p: int,
+    width: Sequence[int],
+    n_in: Sequence[int],
+    depth: int,
+    s: Sequence[int],
+    n_out: Sequence[int],
+    units: int,
+) -> tuple[Tile, Tile] | None:
+    """Of both halves of products of 2 to ``AHEAD_TOKENS`` tokens in half precision; None where others are faster.
+
+    As of ``held_tiles``, all programs of a half have to be there at once.
+
+    Args:
+        p: Columns of the widest blocks.
+        width: ``nblocks_out * rank`` of each product.
+        n_in: Its columns of blocks.
+        depth: ``nblocks_in * rank`` of the deepest one.
+        s: Rows of the blocks of each.
+        n_out: Its rows of blocks.
+        units: Multiprocessors of the GPU.
+    """
+
+    def are_there(tile: Tile, columns: Sequence[int], blocks: Sequence[int]) -> bool:
+        return sum(tile.count(1, *sizes) for sizes in zip(columns, blocks, strict=True)) <= units
+
+    rounds = -(-depth // AHEAD_TERMS)
+    rows = [Tile(16, N, 256, N // 8, 3, chunks=1 if p <= 256 else 2) for N in (16, 32)]
+    columns = [Tile(16, N, 128, 4, rounds + 1, chunks=-(-depth // (128 * rounds))) for N in (32, 64)]
+    if rounds > 1:  # wide tiles have too few programs for long sums
+        rows, columns = rows[: 1 if p > AHEAD_WIDE else 2], columns[:1]
+    first = next((tile for tile in rows if are_there(tile, width, n_in)), None)
+    second = next((tile for tile in columns if are_there(tile, s, n_out)), None)
+    return (first, second) if first and second and rounds <= AHEAD_ROUNDS else None
 
 
 def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: bool) -> Tile:

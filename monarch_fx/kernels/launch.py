@@ -17,8 +17,9 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from monarch_fx.kernels import fused, held, persistent, tiles, together
+from monarch_fx.kernels import ahead, fused, held, persistent, tiles, together
 from monarch_fx.kernels.choice import (
+    AHEAD_TOKENS,
     FEW_TOKENS,
     FUSED_TOKENS,
     STRIDED_FLOPS,
@@ -26,6 +27,7 @@ from monarch_fx.kernels.choice import (
     TOGETHER,
     Held,
     Tile,
+    ahead_tiles,
     first_tile,
     fused_large_tokens,
     fused_ranks,
@@ -223,6 +225,10 @@ def few_launches(
     if of_one is not None:
         return n_in * n_out * rank, *held_launches(R, L, of_one, kinds, dtype, device, aligned)
     strides_t = (tokens * n_in * rank, n_in * rank, 1) if n_in > 1 else (rank, n_out * rank, 1)
+    of_few = tiles_ahead(tokens, [R], L[3:], dtype, device)
+    if of_few is not None:
+        launches = ahead_launches(tokens, strides, R, L, strides_t, of_few, kinds, dtype, device, aligned)
+        return tokens * n_in * n_out * rank, *launches
     first = first_launch(tokens, stride_x, R, strides_t, dtype, device, aligned)
     if first is None:
         return None
@@ -244,17 +250,21 @@ def launches_together(
 ) -> tuple[list[int], list[int], Launch, Launch] | None:
     """Numbers of each intermediate, bytes before it, and the halves; every intermediate is ``ALIGNED``."""
     L = [(n_out, n_in, rank, rows) for (n_in, n_out, rank, _), rows in zip(R, s, strict=True)]
-    of_one = held_together(R, s, gated is not None, dtype, device) if tokens == 1 else (None, None)
+    at_once: tuple[Held, Held] | tuple[Tile, Tile] | tuple[None, None] = None, None
+    if tokens == 1:
+        at_once = held_together(R, s, gated is not None, dtype, device)
+    elif gated is None:  # a program of a gated pair would need twice the registers
+        at_once = tiles_ahead(tokens, R, s, dtype, device) or at_once
     second: Launch | None = (
-        second_launch_together(tokens, L, of_one[1], biases, dtype, device, aligned)
+        second_launch_together(tokens, L, at_once[1], biases, dtype, device, aligned)
         if gated is None
-        else gated_launch(tokens, L, of_one[1], biases, gated, dtype, device, aligned)
+        else gated_launch(tokens, L, at_once[1], biases, gated, dtype, device, aligned)
     )
     if second is None:
         return None
     sizes = [-(-tokens * n_in * n_out * rank // ALIGNED) * ALIGNED for n_in, n_out, rank, _ in R]
     offsets = [sum(sizes[:i]) * dtype.itemsize for i in range(len(sizes))]
-    return sizes, offsets, first_launch_together(tokens, stride_x, R, of_one[0], dtype, device, aligned), second
+    return sizes, offsets, first_launch_together(tokens, stride_x, R, at_once[0], dtype, device, aligned), second
 
 
 def held_launches(
@@ -278,6 +288,32 @@ def held_launches(
     return first, Launch(held.second, grid, {}, parts, options, aligned)
 
 
+def ahead_launches(
+    tokens: int,
+    strides: tuple[int, int, int],
+    R: Sequence[int],
+    L: Sequence[int],
+    strides_t: Strides,
+    of_few: tuple[Tile, Tile],
+    kinds: tuple[bool, str, bool],
+    dtype: torch.dtype,
+    device: torch.device,
+    aligned: bool,
+) -> tuple[Launch, Launch]:
+    """Halves of up to ``AHEAD_TOKENS`` tokens whose programs load their factors at once."""
+    (n_in, n_out, rank, p), s, (rows, columns) = R, L[3], of_few
+    stride_x, stride_y, stride_gate = strides
+    width, between = n_out * rank, (strides_t[1], strides_t[0])
+    (row, read), (t_row, written) = _in_parts(dtype, p, stride_x), _in_parts(dtype, width, rank, *between)
+    options = {**_options(rows, device), "C": rows.chunks, "ROW": row, "T_ROW": t_row}
+    grid = triton.cdiv(width, rows.N), n_in
+    first = Launch(ahead.first, grid, {}, (tokens, *read, *written), options, aligned)
+    row, parts = _in_parts(dtype, n_in * rank, s, *between, stride_y, stride_gate)
+    options = {**_options(columns, device), **_constants(kinds), "C": columns.chunks, "ROW": row}
+    grid = triton.cdiv(s, columns.N), n_out
+    return first, Launch(ahead.second, grid, {}, (tokens, *parts), options, aligned)
+
+
 def held_together(
     R: Sequence[Sequence[int]], s: Sequence[int], gated: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[Held, Held] | tuple[None, None]:
@@ -286,6 +322,20 @@ def held_together(
     depths = [a * b for a, b in zip(n_in, rank, strict=True)]
     depth, last = (2 * max(depths), 1) if gated else (max(depths), 0)  # a program of a gated pair holds both
     return held_tiles(max(p), depth, s[last:], n_out[last:], units(device), dtype.itemsize) or (None, None)
+
+
+def tiles_ahead(
+    tokens: int, R: Sequence[Sequence[int]], s: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tile, Tile] | None:
+    """The tiles of both halves of few tokens' products, if their programs load the factors at once: wide rows alone."""
+    if not (1 < tokens <= AHEAD_TOKENS and dtype.itemsize == 2):
+        return None
+    n_in, n_out, rank, p = zip(*R, strict=True)
+    if any(row * dtype.itemsize % ALIGNED for row in (*p, *s)):
+        return None
+    width = [a * b for a, b in zip(n_out, rank, strict=True)]
+    depth = max(a * b for a, b in zip(n_in, rank, strict=True))
+    return ahead_tiles(max(p), width, n_in, depth, s, n_out, units(device))
 
 
 @functools.lru_cache(REMEMBERED)
@@ -401,7 +451,7 @@ def first_launch_together(
     tokens: int,
     stride_x: int,
     factors: Sequence[Sequence[int]],
-    of_one: Held | None,
+    at_once: Held | Tile | None,
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
@@ -409,7 +459,7 @@ def first_launch_together(
     n_in, n_out, rank, p = zip(*factors, strict=True)
     width = [a * b for a, b in zip(n_out, rank, strict=True)]
     columns = sum(a * b for a, b in zip(width, n_in, strict=True))
-    tile = of_one or first_tile(tokens, columns, 1, units(device), described=False)
+    tile = at_once or first_tile(tokens, columns, 1, units(device), described=False)
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
     row, parts = _in_parts(dtype, stride_x, *filled(p), *filled(width), *filled(rank))
@@ -420,7 +470,7 @@ def first_launch_together(
 def second_launch_together(
     tokens: int,
     factors: Sequence[Sequence[int]],
-    of_one: Held | None,
+    at_once: Held | Tile | None,
     biases: Sequence[bool],
     dtype: torch.dtype,
     device: torch.device,
@@ -429,7 +479,7 @@ def second_launch_together(
     n_out, n_in, rank, s = zip(*factors, strict=True)
     depth = [a * b for a, b in zip(n_in, rank, strict=True)]
     columns = sum(a * b for a, b in zip(s, n_out, strict=True))
-    tile = of_one or second_tile(
+    tile = at_once or second_tile(
         tokens, columns, max(depth), 1, units(device), described=False, activated=False, gated=False
     )
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
@@ -443,7 +493,7 @@ def second_launch_together(
 def gated_launch(
     tokens: int,
     factors: Sequence[Sequence[int]],
-    of_one: Held | None,
+    at_once: Held | Tile | None,
     biases: Sequence[bool],
     activation: str,
     dtype: torch.dtype,
@@ -453,7 +503,7 @@ def gated_launch(
     """None where a tile of results would lie in several blocks of a factor."""
     n_out, n_in, rank, s = zip(*factors, strict=True)
     depth = [a * b for a, b in zip(n_in, rank, strict=True)]
-    tile = of_one or second_tile(
+    tile = at_once or second_tile(
         tokens, s[1], sum(depth), n_out[1], units(device), described=False, activated=True, gated=True
     )
     if s[0] != s[1] and (s[0] % tile.N or s[1] % tile.N):
@@ -521,7 +571,9 @@ def _held_options(tile: Held, device: torch.device) -> dict[str, Any]:
 
 
 def _options_together(tile: Tile | Held, device: torch.device) -> dict[str, Any]:
-    return {"C": 0, **_options(tile, device)} if isinstance(tile, Tile) else {"M": 1, **_held_options(tile, device)}
+    if isinstance(tile, Held):
+        return {"M": 1, **_held_options(tile, device)}
+    return {"C": tile.chunks, **_options(tile, device)}
 
 
 def _early(device: torch.device) -> dict[str, Any]:

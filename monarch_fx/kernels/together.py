@@ -1,8 +1,8 @@
 """Few tokens with several products that read the same ones: one launch for all first halves, one for all second ones.
 
 A token's product is two short kernels, and a small one leaves most of a GPU idle. A program here finds by its number
-which product's tile it has; the tiles are those of ``tiles`` or, where ``C`` isn't 0, of ``held``, in one row, and so
-are sizes in parts of ``ROW``.
+which product's tile it has; the tiles are those of ``tiles`` or, where ``C`` isn't 0, of ``held`` for one token and of
+``ahead`` for more, in one row, and so are sizes in parts of ``ROW``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from monarch_fx.kernels import ahead
 from monarch_fx.kernels.epilogue import finished
 from monarch_fx.kernels.held import first_rows, loaded_columns, second_columns, summed_columns
 from monarch_fx.kernels.tiles import first_tile, second_sums, second_tile
@@ -41,8 +42,13 @@ def first(
         if (tile >= 0) & (tile < columns * n_in[i]):
             n = tile % columns * N + tl.arange(0, N)
             depth = n_in[i] * rank[i]
-            if C:
+            if C and M == 1:
                 first_rows(x_ptr, r[i], t[i], n, tile // columns, p[i], width[i], rank[i], depth, N, K, C)
+            elif C:
+                ahead.first_rows(
+                    x_ptr, r[i], t[i], n, tile // columns,
+                    tokens, p[i], width[i], rank[i], stride_x * ROW, depth, tokens * depth, M, N, K, C,
+                )  # fmt: skip
             else:
                 first_tile(
                     x_ptr, r[i], t[i], m, n, tile // columns,
@@ -73,10 +79,16 @@ def second(
         if (tile >= 0) & (tile < columns * n_out[i]):
             n = tile % columns * N + tl.arange(0, N)
             j = (tile // columns).to(tl.int64)
-            if C:
+            if C and M == 1:
                 second_columns(
                     t[i], w[i], y[i], bias[i], y[i], n, j,
                     depth[i], s[i], N, K, C, PDL, (BIAS >> i) & 1, "none", False, FAST,
+                )  # fmt: skip
+            elif C:
+                ahead.second_columns(
+                    t[i], w[i], y[i], bias[i], y[i], n, j,
+                    tokens, depth[i], s[i], depth[i], tokens * depth[i], n_out[i] * s[i], 0,
+                    M, N, K, C, PDL, (BIAS >> i) & 1, "none", False, FAST,
                 )  # fmt: skip
             else:
                 second_tile(
