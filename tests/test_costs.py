@@ -518,10 +518,10 @@ class TestSurroundings:
         ids=str,
     )
     def test_few_tokens_whose_factors_are_loaded_at_once(self, shape: MonarchShape, microseconds: float) -> None:
-        few, more = monarch_seconds(self.h100, np.array([4, 17]), shape, dtype="bfloat16") * 1e6
+        few, more = monarch_seconds(self.h100, np.array([2, 16]), shape, dtype="bfloat16") * 1e6
         assert few == pytest.approx(microseconds, rel=0.1)
-        assert (few < 0.9 * more) == (shape.out_features < 14336)
-        assert monarch_seconds(self.h100, 4, shape, dtype="tf32") * 1e6 > few
+        assert (few == more) == (shape.out_features < 14336)  # the factors are nearly all that is read
+        assert monarch_seconds(self.h100, 16, shape, dtype="tf32") * 1e6 > few
 
     def test_one_token_together_is_held_where_all_products_are(self) -> None:
         shape, options = MonarchShape(4096, 4096, 4, 4, 256), {"dtype": "bfloat16"}
