@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import monarch_fx as mfx
-from monarch_fx.kernels import choice, gpu, launch
+from monarch_fx.kernels import choice, few, gpu, launch
 from monarch_fx.kernels.op import monarch_grouped_mm
 from monarch_fx.kernels.reference import ACTIVATIONS, activated
 
@@ -80,7 +80,7 @@ def product(
     if fused:
         assert launch.whole(x, R, L, y, *epilogue, activation)
     elif tokens <= choice.FEW_TOKENS:
-        assert launch.few(x, R, L, y, *epilogue, activation)
+        assert few.product(x, R, L, y, *epilogue, activation)
     else:
         t = torch.empty(n_out, tokens, n_in * rank, dtype=HALF, device="cuda")
         assert launch.first_half(x, R, t)
@@ -107,7 +107,7 @@ def in_tf32(sizes: Sizes) -> None:
     x, R, L = on_gpu(*operands)
     if tokens <= choice.FEW_TOKENS:
         y = torch.empty(tokens, n_out * s, device="cuda")
-        assert launch.few(x, R, L, y, None, None, "none")
+        assert few.product(x, R, L, y, None, None, "none")
         compare(y, exact(*operands, None, None, "none"))
         return
     t = torch.empty(n_out, tokens, n_in * rank, device="cuda")

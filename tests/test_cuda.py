@@ -381,19 +381,19 @@ def test_a_device_that_is_not_the_current_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("launcher", "tokens", "what"), [("few", 40, "both halves"), ("first_half", 100, "first half")]
+    ("launcher", "tokens", "what"), [("few.product", 40, "both halves"), ("launch.first_half", 100, "first half")]
 )
 def test_a_kernel_that_fails_says_so_once(
     launcher: str, tokens: int, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from triton.errors import TritonError
 
-    from monarch_fx.kernels import gpu, launch
+    from monarch_fx.kernels import gpu
 
     def fails(*operands: object) -> None:
         raise TritonError("out of shared memory")
 
-    monkeypatch.setattr(launch, launcher, fails)
+    monkeypatch.setattr(f"monarch_fx.kernels.{launcher}", fails)
     monkeypatch.setattr(gpu, "_failed", set())
     layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(tokens, 96, device="cuda", dtype=torch.bfloat16)
@@ -406,12 +406,12 @@ def test_a_kernel_that_fails_says_so_once(
 
 
 def test_products_together_that_fail_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from monarch_fx.kernels import gpu, launch
+    from monarch_fx.kernels import few, gpu
 
     def fails(*operands: object) -> None:
         raise RuntimeError("out of shared memory")
 
-    monkeypatch.setattr(launch, "halves", fails)
+    monkeypatch.setattr(few, "products", fails)
     monkeypatch.setattr(gpu, "_failed", set())
     layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(4, 96, device="cuda", dtype=torch.bfloat16)

@@ -14,7 +14,7 @@ from monarch_fx.kernels import choice
 from monarch_fx.kernels.reference import ACTIVATIONS, activated
 
 pytest.importorskip("triton")
-launch = pytest.importorskip("monarch_fx.kernels.launch")
+few, launch = (pytest.importorskip(f"monarch_fx.kernels.{name}") for name in ("few", "launch"))
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = torch.finfo(torch.float16).eps
 # tokens, n_in, n_out, rank, p, s: one row, ragged tiles, ranks and blocks that no tile divides, a single row of blocks,
@@ -88,7 +88,7 @@ def operands_together(tokens: int, shapes: tuple[tuple[int, ...], ...]) -> tuple
 
 @pytest.fixture(autouse=True)
 def nothing_remembered() -> None:
-    for made in vars(launch).values():
+    for made in (*vars(few).values(), *vars(launch).values()):
         if hasattr(made, "cache_clear"):
             made.cache_clear()
 
@@ -128,11 +128,11 @@ def check_gated(
 def check_together(tokens: int) -> None:
     """Three products, and one that is the gate of another."""
     x, R, L, biases, y = operands_together(tokens, GROUPS[1])
-    assert launch.halves(x, R, L, y, biases, None)
+    assert few.products(x, R, L, y, biases, None)
     for product in zip(R, L, y, biases, strict=True):
         check(x, *product, None, "none")
     x, R, L, biases, (_, y) = operands_together(tokens, PAIRS[0])
-    assert launch.halves(x, R, L, [y], biases, "silu")
+    assert few.products(x, R, L, [y], biases, "silu")
     check_gated(x, R, L, y, biases, "silu")
 
 
@@ -201,7 +201,7 @@ def test_no_first_half_in_tf32_where_a_library_is_faster() -> None:
 @pytest.mark.parametrize("shape", [(1, 2, 3, 8, 40, 24), (3, 4, 1, 16, 70, 33), (63, 3, 2, 20, 33, 50)])
 def test_few_tokens_in_tf32(shape: tuple[int, ...]) -> None:
     x, R, L, _, y = operands(*shape, dtype=torch.float32)
-    assert launch.few(x, R, L, y, None, None, "none")
+    assert few.product(x, R, L, y, None, None, "none")
     exact = mfx.Monarch(R.double(), L.double())(x.double())
     scale = mfx.Monarch(R.double().abs(), L.double().abs())(x.double().abs())
     assert ((y.double() - exact).abs() <= 4 * 2.0**-10 * scale).all()  # four operands
@@ -212,7 +212,7 @@ def test_few_tokens_in_tf32(shape: tuple[int, ...]) -> None:
 def test_products_together(shapes: tuple[tuple[int, ...], ...], tokens: int) -> None:
     x, R, L, biases, y = operands_together(tokens, shapes)
     some = [None if i == 1 else bias for i, bias in enumerate(biases)]
-    assert launch.halves(x, R, L, y, some, None)
+    assert few.products(x, R, L, y, some, None)
     for product in zip(R, L, y, some, strict=True):
         check(x, *product, None, "none")
 
@@ -230,7 +230,7 @@ def test_intermediates_that_share_an_allocation_are_aligned(tokens: int, monkeyp
 
     monkeypatch.setattr(launch.Launch, "__call__", aligned)
     x, R, L, biases, y = operands_together(tokens, (((1, 1, 20, 24),) * 3))
-    assert launch.halves(x, R, L, y, [None] * len(biases), None)
+    assert few.products(x, R, L, y, [None] * len(biases), None)
     assert found == [True, True]
 
 
@@ -243,20 +243,20 @@ def test_a_product_that_is_the_gate_of_another(
     x, R, L, biases, (_, y) = operands_together(tokens, shapes)
     some = [bias if i in biased else None for i, bias in enumerate(biases)]
     can = shapes != PAIRS[2]  # a tile of results would lie in several of its blocks
-    assert launch.halves(x, R, L, [y], some, activation) == can
+    assert few.products(x, R, L, [y], some, activation) == can
     if can:
         check_gated(x, R, L, y, some, activation)
 
 
 @pytest.mark.parametrize("tile", [tile for tile in TILES if not tile.per_unit], ids=str)
 def test_every_tile_of_products_together(tile: choice.Tile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "first_tile", lambda *sizes, **features: tile)
-    monkeypatch.setattr(launch, "second_tile", lambda *sizes, **features: tile)
+    monkeypatch.setattr(few, "first_tile", lambda *sizes, **features: tile)
+    monkeypatch.setattr(few, "second_tile", lambda *sizes, **features: tile)
     check_together(16)
 
 
 def test_products_of_one_token_that_no_program_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "held_tiles", lambda *sizes: None)
+    monkeypatch.setattr(few, "held_tiles", lambda *sizes: None)
     check_together(1)
 
 
@@ -264,14 +264,14 @@ def test_products_of_one_token_that_no_program_can_hold(monkeypatch: pytest.Monk
 def test_one_token_s_gate_and_product_hold_as_many_chunks(rank: int) -> None:
     """Of an even or an odd number of chunks for both."""
     x, R, L, biases, (_, y) = operands_together(1, ((2, 3, rank, 24), (1, 3, 20, 24)))
-    assert launch.halves(x, R, L, [y], biases, "silu")
+    assert few.products(x, R, L, [y], biases, "silu")
     check_gated(x, R, L, y, biases, "silu")
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
 def test_few_tokens(shape: tuple[int, ...]) -> None:
     x, R, L, _, y = operands(*shape)
-    assert launch.few(x, R, L, y, None, None, "none")
+    assert few.product(x, R, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
 
 
@@ -282,7 +282,7 @@ def test_one_token(shape: tuple[int, ...], expected: tuple[int, int, int] | None
     tiles = choice.held_tiles(p, n_in * rank, [s], [n_out], 132, 2)
     assert (tiles and (tiles[0].N, tiles[0].chunks, tiles[1].warps)) == expected
     x, R, L, _, y = operands(1, *shape, dtype=dtype)
-    assert launch.few(x, R, L, y, None, None, "none")
+    assert few.product(x, R, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
 
 
@@ -293,10 +293,10 @@ def test_factors_loaded_at_once(
 ) -> None:
     monkeypatch.setattr(launch, "units", lambda device: 64)
     x, R, L, _, y = operands(tokens, *shape)
-    tiles = launch.tiles_ahead(tokens, [R.shape], [L.shape[3]], x.dtype, x.device)
+    tiles = few.tiles_at_once(tokens, [R.shape], [L.shape[3]], False, x.dtype, x.device)
     found = tiles and (tiles[0].N, tiles[0].chunks, tiles[1].N, tiles[1].chunks, tiles[1].stages)
     assert found == expected
-    assert launch.few(x, R, L, y, None, None, "none")
+    assert few.product(x, R, L, y, None, None, "none")
     check(x, R, L, y, None, None, "none")
 
 
@@ -316,9 +316,9 @@ def test_products_together_loaded_at_once(
     monkeypatch.setattr(launch, "units", lambda device: 64)
     x, R, L, biases, y = operands_together(tokens, shapes)
     some = [None if i == 1 else bias for i, bias in enumerate(biases)]
-    found = launch.tiles_ahead(tokens, [r.shape for r in R], [w.shape[3] for w in L], x.dtype, x.device)
+    found = few.tiles_at_once(tokens, [r.shape for r in R], [w.shape[3] for w in L], False, x.dtype, x.device)
     assert (found is None) == (shapes == GROUPS[1])  # whose rows are no multiples of 16 bytes
-    assert launch.halves(x, R, L, y, some, None)
+    assert few.products(x, R, L, y, some, None)
     for product in zip(R, L, y, some, strict=True):
         check(x, *product, None, "none")
 
@@ -334,8 +334,7 @@ def test_one_token_s_second_halves_are_held_where_all_programs_fit() -> None:
 @pytest.mark.parametrize(("with_bias", "gated", "activation"), EPILOGUES)
 @pytest.mark.parametrize("kernel", ["held", "ahead", "few", "tiles", "persistent", "fused", "fused, ragged"])
 def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = ("held", "ahead", "few", "tiles")
-    tokens, s = (40, 56) if kernel in few else (130, 72 if "ragged" in kernel else 128)
+    tokens, s = (40, 56) if kernel in ("held", "ahead", "few", "tiles") else (130, 72 if "ragged" in kernel else 128)
     tokens = {"held": 1, "ahead": 9}.get(kernel, tokens)
     monkeypatch.setattr(launch, "units", lambda device: 64)
     x, R, L, t, y = operands(tokens, 2, 2, 24, 64, s)
@@ -343,8 +342,8 @@ def test_epilogues(kernel: str, with_bias: bool, gated: bool, activation: str, m
     gate = torch.randn(tokens, 2 * s + 8, dtype=torch.float16, device=DEVICE)[:, : 2 * s] if gated else None
     if "fused" in kernel:
         launch.whole(x, R, L, y, bias, gate, activation)
-    elif kernel in few[:3]:
-        launch.few(x, R, L, y, bias, gate, activation)
+    elif kernel in ("held", "ahead", "few"):
+        few.product(x, R, L, y, bias, gate, activation)
     else:
         launch.first_half(x, R, t)
         launch.second_half(t, L, y, bias, gate, activation)

@@ -18,16 +18,8 @@ from torch import Tensor
 from triton.errors import TritonError
 
 from monarch_fx.kernels import gpu
-from monarch_fx.kernels.launch import (
-    ALIGNED,
-    REMEMBERED,
-    Launch,
-    few_launches,
-    filled,
-    first_launch,
-    launches_together,
-    second_launch,
-)
+from monarch_fx.kernels.few import filled, launches_alone, launches_together
+from monarch_fx.kernels.launch import ALIGNED, REMEMBERED, Launch, first_launch, second_launch
 
 
 class Products(NamedTuple):
@@ -127,7 +119,7 @@ def prepared(products: str) -> Launches | None:
         of_second = (*t, *L, *y, *extra) if gated else (*filled(t), *filled(L), *filled(y), *filled(extra))
     else:
         strides, kinds = (x_features, known.rows[0], known.rows[0]), (*known.biases, known.activation, known.gate)
-        found = few_launches(known.tokens, strides, known.R[0], known.L[0], kinds, dtype, device, True)
+        found = launches_alone(known.tokens, strides, known.R[0], known.L[0], kinds, dtype, device, True)
         of_first, of_second = (0, *R, *t), (*t, *L, *y, *extra, end if known.gate else y[0])
     if found is None:
         return None

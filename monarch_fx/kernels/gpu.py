@@ -14,6 +14,8 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import operator
+import types
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -91,13 +93,13 @@ def serves_together(x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Te
 def _triton() -> Any:
     """What launches the Triton kernels, None where there is no Triton. Imported here alone: CPU users need none."""
     try:
-        launch = importlib.import_module("monarch_fx.kernels.launch")
+        launchers = {name: importlib.import_module(f"monarch_fx.kernels.{name}") for name in ("few", "launch")}
     except ImportError as error:
         warnings.warn(f"Monarch products run on slower kernels, without Triton: {error}.", MonarchWarning, stacklevel=2)
         return None
     importlib.import_module("monarch_fx.kernels.inductor").install()
     importlib.import_module("monarch_fx.kernels.lowering").register()
-    return launch
+    return types.SimpleNamespace(**launchers)
 
 
 def products(
@@ -203,10 +205,10 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if tokens == 0:
         return y
     bias, gate = None if bias is None else bias.contiguous(), None if gate is None else _rows(gate)
-    if tokens <= FEW_TOKENS and _ran("both halves", "few", x, R, L, y, bias, gate, activation):
+    if tokens <= FEW_TOKENS and _ran("both halves", "few.product", x, R, L, y, bias, gate, activation):
         return y
     is_one = tokens >= one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
-    if not (is_one and _ran("one kernel", "whole", x, R, L, y, bias, gate, activation)):
+    if not (is_one and _ran("one kernel", "launch.whole", x, R, L, y, bias, gate, activation)):
         if not padding.is_aligned(R.shape[2]) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)
         second_half(first_half(x, R), L, y, bias, gate, activation)
@@ -221,7 +223,7 @@ def _together(
         x, R, L = _rows(x), [factor.contiguous() for factor in R], [factor.contiguous() for factor in L]
         biases = [bias if bias is None else bias.contiguous() for bias in biases]
         y = _fake_together(x, R, L, biases, gated)
-        if _ran("several products", "halves", x, R, L, y, biases, gated):
+        if _ran("several products", "few.products", x, R, L, y, biases, gated):
             return y
     if gated is None:
         return [_product(x, *factors, None, "none") for factors in zip(R, L, biases, strict=True)]
@@ -258,7 +260,7 @@ def first_half(x: Tensor, R: Tensor) -> Tensor:
     n_in, n_out, rank, p = R.shape
     tokens, t = len(x), _intermediate(x, R)
     by_library = tokens >= library_tokens(n_in, n_out, rank, p)
-    if tokens == 0 or (not by_library and _ran("the first half", "first_half", x, R, t)):
+    if tokens == 0 or (not by_library and _ran("the first half", "launch.first_half", x, R, t)):
         return t
     if n_in == 1:
         torch.mm(x, R.flatten(0, 2).mT, out=t.transpose(0, 1).flatten(1))
@@ -278,7 +280,7 @@ def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tens
     """Writes ``y`` (tokens, n_out * s)."""
     n_out = L.shape[0]
     suits = t.shape[1] <= FEW_TOKENS or is_second_kernel(t.dtype, n_out, bias is not None, activation, gate is not None)
-    if suits and _ran("the second half", "second_half", t, L, y, bias, gate, activation):
+    if suits and _ran("the second half", "launch.second_half", t, L, y, bias, gate, activation):
         return
     if n_out == 1 and bias is not None:
         torch.addmm(bias, t[0], L.flatten(0, 2), out=y)
@@ -292,9 +294,9 @@ def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tens
 
 def one_kernel_tokens(dtype: torch.dtype, device: torch.device, R: Sequence[int], L: Sequence[int]) -> float:
     """From how many tokens one kernel runs the whole product with factors of these sizes; infinity: never."""
-    launch = _triton() if device.type == "cuda" and dtype in HALF else None
+    triton = _triton() if device.type == "cuda" and dtype in HALF else None
     n_in, n_out, rank, p = R
-    return math.inf if launch is None else fused_tokens(n_in, n_out, rank, p, L[3], launch.units(device))
+    return math.inf if triton is None else fused_tokens(n_in, n_out, rank, p, L[3], triton.launch.units(device))
 
 
 def is_second_kernel(dtype: torch.dtype, n_out: int, has_bias: bool, activation: str, has_gate: bool) -> bool:
@@ -314,7 +316,7 @@ def _ran(what: str, launcher: str, *operands: Any) -> bool:
     x, factors = operands[0], operands[1]
     if not x.is_cuda or not computes(x.dtype) or _triton() is None or (_failed and (what, _sizes(factors)) in _failed):
         return False
-    run, index = getattr(_triton(), launcher), x.get_device()
+    run, index = operator.attrgetter(launcher)(_triton()), x.get_device()
     try:
         if index == torch.cuda.current_device():
             return bool(run(*operands))

@@ -17,22 +17,17 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from monarch_fx.kernels import ahead, fused, held, persistent, tiles, together
+from monarch_fx.kernels import fused, persistent, tiles
 from monarch_fx.kernels.choice import (
-    AHEAD_TOKENS,
     FEW_TOKENS,
     FUSED_TOKENS,
     STRIDED_FLOPS,
     TF32,
-    TOGETHER,
-    Held,
     Tile,
-    ahead_tiles,
     first_tile,
     fused_large_tokens,
     fused_ranks,
     fused_stages,
-    held_tiles,
     second_tile,
     tf32_tokens,
 )
@@ -137,7 +132,7 @@ def first_half(x: Tensor, R: Tensor, t: Tensor) -> bool:
 
 def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> bool:
     """t (n_out, tokens, n_in * rank) with L (n_out, n_in, rank, s) into y (tokens, n_out * s)."""
-    extra, kinds = _epilogue(y, bias, gate, activation)
+    extra, kinds = epilogue(y, bias, gate, activation)
     strides = t.stride(), y.stride(0), extra[1].stride(0)
     return _launched(second_launch, (t, L, y, *extra), t.shape[1], L.shape, strides, kinds)
 
@@ -146,196 +141,9 @@ def whole(
     x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
 ) -> bool:
     """x (tokens, n_in * p) with both factors into y (tokens, n_out * s), by one kernel."""
-    extra, kinds = _epilogue(y, bias, gate, activation)
+    extra, kinds = epilogue(y, bias, gate, activation)
     strides = x.stride(0), y.stride(0), extra[1].stride(0)
     return _launched(whole_launch, (x, R, R, L, L, y, *extra), x.shape[0], R.shape, L.shape[3], strides, kinds)
-
-
-def few(x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> bool:
-    """x (tokens, n_in * p) with both factors into y (tokens, n_out * s), half by half; up to ``FEW_TOKENS`` tokens."""
-    extra, kinds = _epilogue(y, bias, gate, activation)
-    R_at, L_at, x_at, y_at = R.data_ptr(), L.data_ptr(), x.data_ptr(), y.data_ptr()
-    extra_at = extra[0].data_ptr(), extra[1].data_ptr()
-    aligned = (R_at | L_at | x_at | y_at | extra_at[0] | extra_at[1]) % ALIGNED == 0
-    strides = x.stride(0), y.stride(0), extra[1].stride(0)
-    launches = few_launches(x.shape[0], strides, R.shape, L.shape, kinds, x.dtype, x.device, aligned)
-    if launches is None:
-        return False
-    size, first, second = launches
-    t = x.new_empty(size)
-    t_at = t.data_ptr()
-    first((x, R, t), (x_at, R_at, t_at))
-    second((t, L, y, *extra), (t_at, L_at, y_at, *extra_at))
-    return True
-
-
-def halves(
-    x: Tensor,
-    R: Sequence[Tensor],
-    L: Sequence[Tensor],
-    y: Sequence[Tensor],
-    biases: Sequence[Tensor | None],
-    gated: str | None,
-) -> bool:
-    """x (tokens, in_features) with up to ``TOGETHER`` matrices into their ``y``: a launch for each half of all.
-
-    With ``gated``, an activation, the one result is ``gated(first product) * second product``; False where no kernel
-    does that.
-    """
-    extra = [y[-1] if bias is None else bias for bias in biases]
-    read, written = [x, *filled(R)], [*L, *y, *extra] if gated else [*filled(L), *filled(y), *filled(extra)]
-    read_at, written_at = [tensor.data_ptr() for tensor in read], [tensor.data_ptr() for tensor in written]
-    launches = launches_together(
-        x.shape[0],
-        x.stride(0),
-        tuple([factor.shape for factor in R]),
-        tuple([factor.shape[3] for factor in L]),
-        tuple([bias is not None for bias in biases]),
-        gated,
-        x.dtype,
-        x.device,
-        functools.reduce(operator.or_, written_at, functools.reduce(operator.or_, read_at)) % ALIGNED == 0,
-    )
-    if launches is None:
-        return False
-    sizes, offsets, first, second = launches
-    memory = x.new_empty(sum(sizes))  # one allocation, since they take the host time
-    at, is_new = memory.data_ptr(), first.run is None or second.run is None
-    t = memory.split_with_sizes(sizes) if is_new else [memory] * len(sizes)  # addresses do afterwards
-    t_at = [at + offset for offset in offsets]
-    first([*read, *filled(t)], [*read_at, *filled(t_at)])
-    second([*(t if gated else filled(t)), *written], [*(t_at if gated else filled(t_at)), *written_at])
-    return True
-
-
-@functools.lru_cache(REMEMBERED)
-def few_launches(
-    tokens: int,
-    strides: tuple[int, int, int],
-    R: Sequence[int],
-    L: Sequence[int],
-    kinds: tuple[bool, str, bool],
-    dtype: torch.dtype,
-    device: torch.device,
-    aligned: bool,
-) -> tuple[int, Launch, Launch] | None:
-    """The size of the intermediate, and the halves; ``strides`` between rows of x, of the results and of the gate."""
-    (n_in, n_out, rank, p), (stride_x, *others) = R, strides
-    of_one = held_tiles(p, n_in * rank, L[3:], R[1:2], units(device), dtype.itemsize) if tokens == 1 else None
-    if of_one is not None:
-        return n_in * n_out * rank, *held_launches(R, L, of_one, kinds, dtype, device, aligned)
-    strides_t = (tokens * n_in * rank, n_in * rank, 1) if n_in > 1 else (rank, n_out * rank, 1)
-    of_few = tiles_ahead(tokens, [R], L[3:], dtype, device)
-    if of_few is not None:
-        launches = ahead_launches(tokens, strides, R, L, strides_t, of_few, kinds, dtype, device, aligned)
-        return tokens * n_in * n_out * rank, *launches
-    first = first_launch(tokens, stride_x, R, strides_t, dtype, device, aligned)
-    if first is None:
-        return None
-    second = second_launch(tokens, L, (strides_t, *others), kinds, dtype, device, aligned)
-    return tokens * n_in * n_out * rank, first, second
-
-
-@functools.lru_cache(REMEMBERED)
-def launches_together(
-    tokens: int,
-    stride_x: int,
-    R: Sequence[Sequence[int]],
-    s: Sequence[int],
-    biases: Sequence[bool],
-    gated: str | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    aligned: bool,
-) -> tuple[list[int], list[int], Launch, Launch] | None:
-    """Numbers of each intermediate, bytes before it, and the halves; every intermediate is ``ALIGNED``."""
-    L = [(n_out, n_in, rank, rows) for (n_in, n_out, rank, _), rows in zip(R, s, strict=True)]
-    at_once: tuple[Held, Held] | tuple[Tile, Tile] | tuple[None, None] = None, None
-    if tokens == 1:
-        at_once = held_together(R, s, gated is not None, dtype, device)
-    elif gated is None:  # a program of a gated pair would need twice the registers
-        at_once = tiles_ahead(tokens, R, s, dtype, device) or at_once
-    second: Launch | None = (
-        second_launch_together(tokens, L, at_once[1], biases, dtype, device, aligned)
-        if gated is None
-        else gated_launch(tokens, L, at_once[1], biases, gated, dtype, device, aligned)
-    )
-    if second is None:
-        return None
-    sizes = [-(-tokens * n_in * n_out * rank // ALIGNED) * ALIGNED for n_in, n_out, rank, _ in R]
-    offsets = [sum(sizes[:i]) * dtype.itemsize for i in range(len(sizes))]
-    return sizes, offsets, first_launch_together(tokens, stride_x, R, at_once[0], dtype, device, aligned), second
-
-
-def held_launches(
-    R: Sequence[int],
-    L: Sequence[int],
-    held_by: tuple[Held, Held],
-    kinds: tuple[bool, str, bool],
-    dtype: torch.dtype,
-    device: torch.device,
-    aligned: bool,
-) -> tuple[Launch, Launch]:
-    """Halves of one token whose programs hold their factors."""
-    (n_in, n_out, rank, p), s, (rows, columns) = R, L[3], held_by
-    (row, read), (t_row, written) = _in_parts(dtype, p), _in_parts(dtype, n_out * rank, rank, n_in * rank)
-    options = {**_held_options(rows, device), "ROW": row, "T_ROW": t_row}
-    grid = triton.cdiv(n_out * rank, rows.N), n_in
-    first = Launch(held.first, grid, {}, (*read, *written), options, aligned)
-    row, parts = _in_parts(dtype, n_in * rank, s)
-    options = {**_held_options(columns, device), **_constants(kinds), "ROW": row}
-    grid = triton.cdiv(s, columns.N), n_out
-    return first, Launch(held.second, grid, {}, parts, options, aligned)
-
-
-def ahead_launches(
-    tokens: int,
-    strides: tuple[int, int, int],
-    R: Sequence[int],
-    L: Sequence[int],
-    strides_t: Strides,
-    of_few: tuple[Tile, Tile],
-    kinds: tuple[bool, str, bool],
-    dtype: torch.dtype,
-    device: torch.device,
-    aligned: bool,
-) -> tuple[Launch, Launch]:
-    """Halves of up to ``AHEAD_TOKENS`` tokens whose programs load their factors at once."""
-    (n_in, n_out, rank, p), s, (rows, columns) = R, L[3], of_few
-    stride_x, stride_y, stride_gate = strides
-    width, between = n_out * rank, (strides_t[1], strides_t[0])
-    (row, read), (t_row, written) = _in_parts(dtype, p, stride_x), _in_parts(dtype, width, rank, *between)
-    options = {**_options(rows, device), "C": rows.chunks, "ROW": row, "T_ROW": t_row}
-    grid = triton.cdiv(width, rows.N), n_in
-    first = Launch(ahead.first, grid, {}, (tokens, *read, *written), options, aligned)
-    row, parts = _in_parts(dtype, n_in * rank, s, *between, stride_y, stride_gate)
-    options = {**_options(columns, device), **_constants(kinds), "C": columns.chunks, "ROW": row}
-    grid = triton.cdiv(s, columns.N), n_out
-    return first, Launch(ahead.second, grid, {}, (tokens, *parts), options, aligned)
-
-
-def held_together(
-    R: Sequence[Sequence[int]], s: Sequence[int], gated: bool, dtype: torch.dtype, device: torch.device
-) -> tuple[Held, Held] | tuple[None, None]:
-    """The tiles of both halves of one token's products, if their programs hold the factors."""
-    n_in, n_out, rank, p = zip(*R, strict=True)
-    depths = [a * b for a, b in zip(n_in, rank, strict=True)]
-    depth, last = (2 * max(depths), 1) if gated else (max(depths), 0)  # a program of a gated pair holds both
-    return held_tiles(max(p), depth, s[last:], n_out[last:], units(device), dtype.itemsize) or (None, None)
-
-
-def tiles_ahead(
-    tokens: int, R: Sequence[Sequence[int]], s: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> tuple[Tile, Tile] | None:
-    """The tiles of both halves of few tokens' products, if their programs load the factors at once: wide rows alone."""
-    if not (1 < tokens <= AHEAD_TOKENS and dtype.itemsize == 2):
-        return None
-    n_in, n_out, rank, p = zip(*R, strict=True)
-    if any(row * dtype.itemsize % ALIGNED for row in (*p, *s)):
-        return None
-    width = [a * b for a, b in zip(n_out, rank, strict=True)]
-    depth = max(a * b for a, b in zip(n_in, rank, strict=True))
-    return ahead_tiles(max(p), width, n_in, depth, s, n_out, units(device))
 
 
 @functools.lru_cache(REMEMBERED)
@@ -362,7 +170,7 @@ def first_launch(
         tile = first_tile(tokens, width, n_in, units(device), described=described and are_many)
         tile = tile.holding(dtype.itemsize)
     strides = strides_t[1], strides_t[0]
-    options = _options(tile, device)
+    options = tile_options(tile, device)
     if tile.per_unit:
         most = tile.per_unit * units(device)  # a constant: one that went with the tokens would compile anew for each
         layouts = {
@@ -371,11 +179,11 @@ def first_launch(
         }
         options |= {"N_IN": n_in, "UNITS": most}
         walkers = min(tile.count(tokens, width, n_in), most)
-        row, parts = _in_parts(dtype, width, rank, *strides)
+        row, parts = in_parts(dtype, width, rank, *strides)
         return Launch(persistent.first, (walkers,), layouts, (tokens, p, *parts), {**options, "ROW": row}, aligned)
     grid = triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M)
     options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
-    (row, read), (t_row, written) = _in_parts(dtype, p, stride_x), _in_parts(dtype, width, rank, *strides)
+    (row, read), (t_row, written) = in_parts(dtype, p, stride_x), in_parts(dtype, width, rank, *strides)
     options |= {"ROW": row, "T_ROW": t_row}
     return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
 
@@ -398,7 +206,7 @@ def second_launch(
     activated = activation != "none"
     tile = second_tile(tokens, s, depth, n_out, units(device), described=described, activated=activated, gated=gated)
     tile = tile.holding(dtype.itemsize)
-    options = {**_options(tile, device), **_constants(kinds)}
+    options = {**tile_options(tile, device), **constants(kinds)}
     if tile.per_unit:
         most = tile.per_unit * units(device)
         layouts = {
@@ -411,7 +219,7 @@ def second_launch(
         return Launch(persistent.second, (walkers,), layouts, (tokens, depth, s, stride_gate), options, aligned)
     grid = triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M)
     options["EVEN"] = depth % tile.K == 0 and s % tile.N == 0
-    row, parts = _in_parts(dtype, depth, s, strides_t[1], strides_t[0], stride_y, stride_gate)
+    row, parts = in_parts(dtype, depth, s, strides_t[1], strides_t[0], stride_y, stride_gate)
     return Launch(tiles.second, grid, {}, (tokens, *parts), {**options, "ROW": row}, aligned)
 
 
@@ -441,88 +249,10 @@ def whole_launch(
         **{3 + i: (*L, [1, 1, part or held[0], FUSED_N]) for i, part in enumerate(held)},
         5: ([tokens, n_out * s], [stride_y, 1], [rows, FUSED_N]),
     }
-    options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held[0], "REST": held[1], **_early(device), **_constants(kinds)}
+    options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held[0], "REST": held[1], **early(device), **constants(kinds)}
     options |= {"M": rows, "N": FUSED_N, "K": FUSED_K, "STAGES": fused_stages(sum(held), rows), "num_warps": 4}
     grid = n_out, triton.cdiv(tokens, rows)
     return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
-
-
-def first_launch_together(
-    tokens: int,
-    stride_x: int,
-    factors: Sequence[Sequence[int]],
-    at_once: Held | Tile | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    aligned: bool,
-) -> Launch:
-    n_in, n_out, rank, p = zip(*factors, strict=True)
-    width = [a * b for a, b in zip(n_out, rank, strict=True)]
-    columns = sum(a * b for a, b in zip(width, n_in, strict=True))
-    tile = at_once or first_tile(tokens, columns, 1, units(device), described=False)
-    even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
-    programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
-    row, parts = _in_parts(dtype, stride_x, *filled(p), *filled(width), *filled(rank))
-    options = {**_options_together(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
-    return Launch(together.first, (programs,), {}, (tokens, *parts, *filled(n_in)), options, aligned)
-
-
-def second_launch_together(
-    tokens: int,
-    factors: Sequence[Sequence[int]],
-    at_once: Held | Tile | None,
-    biases: Sequence[bool],
-    dtype: torch.dtype,
-    device: torch.device,
-    aligned: bool,
-) -> Launch:
-    n_out, n_in, rank, s = zip(*factors, strict=True)
-    depth = [a * b for a, b in zip(n_in, rank, strict=True)]
-    columns = sum(a * b for a, b in zip(s, n_out, strict=True))
-    tile = at_once or second_tile(
-        tokens, columns, max(depth), 1, units(device), described=False, activated=False, gated=False
-    )
-    even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
-    programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(s, n_out, strict=True))
-    row, parts = _in_parts(dtype, *filled(depth), *filled(s))
-    options = {**_options_together(tile, device), "COUNT": len(factors), "EVEN": _bits(even), "ROW": row}
-    options |= {"BIAS": _bits(biases), "FAST": not INTERPRETED}
-    return Launch(together.second, (programs,), {}, (tokens, *parts, *filled(n_out)), options, aligned)
-
-
-def gated_launch(
-    tokens: int,
-    factors: Sequence[Sequence[int]],
-    at_once: Held | Tile | None,
-    biases: Sequence[bool],
-    activation: str,
-    dtype: torch.dtype,
-    device: torch.device,
-    aligned: bool,
-) -> Launch | None:
-    """None where a tile of results would lie in several blocks of a factor."""
-    n_out, n_in, rank, s = zip(*factors, strict=True)
-    depth = [a * b for a, b in zip(n_in, rank, strict=True)]
-    tile = at_once or second_tile(
-        tokens, s[1], sum(depth), n_out[1], units(device), described=False, activated=True, gated=True
-    )
-    if s[0] != s[1] and (s[0] % tile.N or s[1] % tile.N):
-        return None
-    even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(depth, s, strict=True)]
-    row, parts = _in_parts(dtype, *depth, *s)
-    options = {**_options_together(tile, device), "EVEN": _bits(even), "ROW": row, "BIAS": _bits(biases)}
-    options |= {"ACT": activation, "FAST": not INTERPRETED}
-    grid = triton.cdiv(s[1], tile.N), n_out[1]
-    return Launch(together.gated, grid, {}, (tokens, *parts, n_out[1]), options, aligned)
-
-
-def filled(values: Sequence[Any]) -> Sequence[Any]:
-    """One for each place of a kernel that runs products together; what fills up is not looked at."""
-    return values if len(values) == TOGETHER else [*values, *[values[-1]] * (TOGETHER - len(values))]
-
-
-def _bits(flags: Sequence[bool]) -> int:
-    return sum(flag << i for i, flag in enumerate(flags))
 
 
 def _launched(find: Callable[..., Launch | None], operands: Sequence[Tensor], *sizes: Any) -> bool:
@@ -554,36 +284,25 @@ def _describable(dtype: torch.dtype, device: torch.device, *strides: int) -> boo
     return steps and has_hopper_features(device)
 
 
-def _in_parts(dtype: torch.dtype, *sizes: int) -> tuple[int, list[int]]:
+def in_parts(dtype: torch.dtype, *sizes: int) -> tuple[int, list[int]]:
     """A kernel's ``ROW``, and the sizes in parts of it: as many numbers as divide them all, up to ``ALIGNED`` bytes."""
     row = math.gcd(ALIGNED // dtype.itemsize, *sizes)
     return row, [size // row for size in sizes]
 
 
-def _options(tile: Tile, device: torch.device) -> dict[str, Any]:
+def tile_options(tile: Tile, device: torch.device) -> dict[str, Any]:
     launch = {} if INTERPRETED else {"num_warps": tile.warps, "num_stages": tile.stages}
-    return {"M": tile.M, "N": tile.N, "K": tile.K, **launch, **_early(device)}
+    return {"M": tile.M, "N": tile.N, "K": tile.K, **launch, **early(device)}
 
 
-def _held_options(tile: Held, device: torch.device) -> dict[str, Any]:
-    launch = {} if INTERPRETED else {"num_warps": tile.warps}
-    return {"N": tile.N, "K": tile.K, "C": tile.chunks, **launch, **_early(device)}
-
-
-def _options_together(tile: Tile | Held, device: torch.device) -> dict[str, Any]:
-    if isinstance(tile, Held):
-        return {"M": 1, **_held_options(tile, device)}
-    return {"C": tile.chunks, **_options(tile, device)}
-
-
-def _early(device: torch.device) -> dict[str, Any]:
+def early(device: torch.device) -> dict[str, Any]:
     """Programmatic dependent launch: a kernel starts while the one before it ends, and waits for its results."""
     if INTERPRETED or not has_hopper_features(device):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 
 
-def _epilogue(
+def epilogue(
     y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
 ) -> tuple[tuple[Tensor, Tensor], tuple[bool, str, bool]]:
     """The operands of ``epilogue.finished`` (anything where there is none), and its kinds."""
@@ -591,6 +310,6 @@ def _epilogue(
     return extra, (bias is not None, activation, gate is not None)
 
 
-def _constants(kinds: tuple[bool, str, bool]) -> dict[str, Any]:
+def constants(kinds: tuple[bool, str, bool]) -> dict[str, Any]:
     has_bias, activation, gated = kinds
     return {"BIAS": has_bias, "ACT": activation, "GATED": gated, "FAST": not INTERPRETED}
