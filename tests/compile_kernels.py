@@ -207,7 +207,7 @@ def kernels_of_one_token(arch: int) -> Iterator[tuple[str, int]]:
 
 def kernels_ahead(arch: int) -> Iterator[tuple[str, int]]:
     pdl = {"PDL": arch >= 90, "ROW": padding.ROW}
-    sizes = itertools.product((200, 1024, 4096), (16, 256), (48, 192, 640, 704, 1280), (512, 2048))
+    sizes = itertools.product((200, 1024, 4096), (16, 256), (48, 192, 640), (512, 2048))
     tiles = (choice.ahead_tiles(p, [width], [4], depth, [s], [4], UNITS) for p, width, depth, s in sizes)
     firsts, seconds = zip(*filter(None, tiles), strict=True)
     for tile in set(firsts):

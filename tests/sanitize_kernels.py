@@ -41,6 +41,7 @@ RAGGED: tuple[Sizes, ...] = (
 )
 FEW, MANY, FUSED = (63, 2, 2, 24, 40, 50), (500, 2, 2, 24, 64, 128), (130, 2, 2, 24, 64, 128)
 TOGETHER = ((4, 2, 16, 130), (2, 3, 8, 24), (1, 2, 20, 33))  # nblocks_in, nblocks_out, rank, s
+ROWS_OF_16 = ((5, 3, 8, 24), (1, 1, 20, 40))  # as products need them whose factors are loaded at once
 PAIR, WIDE, ODD = ((2, 3, 8, 24), (1, 3, 20, 24)), ((2, 3, 8, 64), (1, 1, 20, 192)), ((2, 3, 8, 16), (1, 1, 20, 48))
 
 
@@ -174,7 +175,7 @@ def cases() -> Iterator[Callable[[], None]]:
         yield functools.partial(product, sizes, fused, activation, bias=True, gate=True)
     for sizes in ((1, 2, 2, 20, 2100, 50), (1, 1, 2, 5, 8000, 33), (1, 3, 1, 301, 17, 70), (1, 4, 1, 450, 20, 40)):
         yield functools.partial(product, sizes)
-    at_once = (2, 3, 2, 24, 1104, 72), (11, 1, 3, 150, 264, 40), (16, 4, 9, 100, 24, 48), (5, 3, 2, 220, 32, 40)
+    at_once = (2, 3, 2, 24, 1104, 72), (11, 1, 3, 150, 264, 40), (16, 4, 9, 100, 24, 48), (5, 3, 2, 210, 32, 40)
     for sizes in (*at_once, (7, 2, 8, 30, 72, 600), (4, 2, 2, 700, 24, 40)):
         yield functools.partial(product, sizes)
     for sizes, activation in itertools.product(RAGGED[:2], ACTIVATIONS):
@@ -190,6 +191,7 @@ def cases() -> Iterator[Callable[[], None]]:
             yield functools.partial(with_tile, tile)
     for tokens in (1, 3, 16, 63):
         yield functools.partial(together, tokens, TOGETHER, (0, 2), None)
+        yield functools.partial(together, tokens, ROWS_OF_16, (0,), None)
         for shapes, gated in itertools.product((PAIR, WIDE, ODD), ACTIVATIONS):
             yield functools.partial(together, tokens, shapes, (1,), gated)
     for sizes in (*RAGGED[:3], (2000, 2, 4, 130, 192, 64), (3000, 1, 2, 200, 64, 64)):

@@ -17,9 +17,7 @@ FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the 
 HELD_FIRST, HELD_SECOND = 96, 112  # registers of a thread that may hold its part of a factor; it needs ``MORE``
 MORE = 40
 AHEAD_TOKENS = 16  # of a tile
-AHEAD_TERMS = 640  # of a sum, that are loaded together: registers hold no more of the intermediate
-AHEAD_ROUNDS = 2
-AHEAD_WIDE = 2048  # columns of a block
+AHEAD_TERMS = 640  # of a second half's sums: registers hold no more of the intermediate
 REGISTERS = 65536  # of a unit
 TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
@@ -162,14 +160,11 @@ def ahead_tiles(
     def are_there(tile: Tile, columns: Sequence[int], blocks: Sequence[int]) -> bool:
         return sum(tile.count(1, *sizes) for sizes in zip(columns, blocks, strict=True)) <= units
 
-    rounds = -(-depth // AHEAD_TERMS)
-    rows = [Tile(16, N, 256, N // 8, 3, chunks=1 if p <= 256 else 2) for N in (16, 32)]
-    columns = [Tile(16, N, 128, 4, rounds + 1, chunks=-(-depth // (128 * rounds))) for N in (32, 64)]
-    if rounds > 1:  # wide tiles have too few programs for long sums
-        rows, columns = rows[: 1 if p > AHEAD_WIDE else 2], columns[:1]
+    rows = (Tile(16, N, 256, N // 8, 3, chunks=1 if p <= 256 else 2) for N in (16, 32))
+    columns = (Tile(16, N, 128, 4, 2, chunks=-(-depth // 128)) for N in (32, 64))
     first = next((tile for tile in rows if are_there(tile, width, n_in)), None)
     second = next((tile for tile in columns if are_there(tile, s, n_out)), None)
-    return (first, second) if first and second and rounds <= AHEAD_ROUNDS else None
+    return (first, second) if first and second and depth <= AHEAD_TERMS else None
 
 
 def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: bool) -> Tile:
