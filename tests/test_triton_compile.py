@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 
 
-# bytes that a program may take: NVIDIA's CUDA C++ programming guide, compute capabilities
-@pytest.mark.parametrize(("arch", "shared"), [(80, 163 * 1024), (90, 227 * 1024), (100, 227 * 1024)])
+# KB that a program may take: NVIDIA's CUDA C++ programming guide, compute capabilities
+@pytest.mark.parametrize(("arch", "shared"), [(80, 163), (89, 99), (90, 227), (100, 227)])
 def test_every_kernel_that_can_be_chosen(arch: int, shared: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
@@ -23,4 +23,4 @@ def test_every_kernel_that_can_be_chosen(arch: int, shared: int, tmp_path: Path)
     assert run.returncode == 0, run.stderr[-2000:]
     taken = dict(json.loads(line) for line in run.stdout.splitlines())
     assert len(taken) > 10
-    assert {name: size for name, size in taken.items() if size > shared} == {}
+    assert {name: size for name, size in taken.items() if size > shared * 1024} == {}

@@ -48,7 +48,8 @@ HELD = [
     ((4, 1, 450, 20, 40), None),
 ]
 # of 2 to 16 tokens, loaded at once: one chunk of R or two, several rounds of them; rows of 16 or of 32 a program,
-# columns of 32 or of 64, in one chunk to five; with one column of blocks; too long, too many programs, narrow loads
+# columns of 32 or of 64, in one chunk to five; with one column of blocks; too long (for 32 columns, for 64), too many
+# programs, narrow loads
 AHEAD = [
     ((2, 3, 8, 40, 24), (16, 1, 32, 1)),
     ((3, 2, 24, 1104, 72), (16, 2, 32, 1)),
@@ -56,7 +57,9 @@ AHEAD = [
     ((4, 4, 100, 24, 48), (32, 1, 32, 4)),
     ((3, 2, 210, 32, 40), (32, 1, 32, 5)),
     ((2, 4, 30, 72, 600), (16, 1, 64, 1)),
+    ((2, 1, 256, 24, 2056), (16, 1, 64, 4)),
     ((2, 2, 321, 24, 40), None),
+    ((2, 1, 257, 24, 2056), None),
     ((2, 4, 30, 72, 1032), None),
     ((4, 8, 100, 24, 48), None),
     ((2, 3, 8, 36, 24), None),

@@ -3,7 +3,8 @@
 A second half does so before it waits for the first one, as one token's do (``held``), and for the same reason that one
 lets it start only when it has itself waited. Triton starts copies of a loop's next round where its last one ends, and
 those of the first round in front of the loop, but leaves loads in a branch where they are: so those behind the wait
-stand in one. Sizes are in parts of ``ROW`` numbers, as in ``tiles``.
+stand in one. A second half has a single round, and its loop for the sake of that alone. Sizes are in parts of ``ROW``
+numbers, as in ``tiles``.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ HELD_FIRST, HELD_SECOND = 96, 112  # registers of a thread that may hold its par
 MORE = 40
 AHEAD_TOKENS = 16  # of a tile
 AHEAD_TERMS = 640  # of a second half's sums: registers hold no more of the intermediate
+AHEAD_NUMBERS = 2**15  # of L for each program: most GPUs have 99 KB of shared memory for one
 REGISTERS = 65536  # of a unit
 TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
@@ -161,7 +162,7 @@ def ahead_tiles(
         return sum(tile.count(1, *sizes) for sizes in zip(columns, blocks, strict=True)) <= units
 
     rows = (Tile(16, N, 256, N // 8, 3, chunks=1 if p <= 256 else 2) for N in (16, 32))
-    columns = (Tile(16, N, 128, 4, 2, chunks=-(-depth // 128)) for N in (32, 64))
+    columns = (Tile(16, N, 128, 4, 2, chunks=-(-depth // 128)) for N in (32, 64) if depth * N <= AHEAD_NUMBERS)
     first = next((tile for tile in rows if are_there(tile, width, n_in)), None)
     second = next((tile for tile in columns if are_there(tile, s, n_out)), None)
     return (first, second) if first and second and depth <= AHEAD_TERMS else None
