@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from monarch_fx.kernels.epilogue import finished
+from monarch_fx.kernels.tiles import store_finished, store_transposed
 
 
 @triton.jit
@@ -51,9 +51,7 @@ def first_rows(
             a = tl.load(x + start + i * K, mask=(m[:, None] < tokens) & inside, other=0.0)
             b = tl.load(r + start + i * K, mask=(n[:, None] < width) & inside, other=0.0)
             acc = tl.dot(a, b.T, acc)
-    row = m[:, None].to(tl.int64) * stride_t + (k * rank + n % rank)[None, :]
-    to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j + row
-    tl.store(to, acc.to(t_ptr.dtype.element_ty), mask=(m[:, None] < tokens) & (n[None, :] < width))
+    store_transposed(acc, t_ptr, m, n, k, tokens, width, rank, stride_t, stride_j)
 
 
 @triton.jit
@@ -104,10 +102,4 @@ def second_columns(
         for i in tl.static_range(C):
             acc = tl.dot(rows[i], columns[i], acc)
         w += C * K * s
-    inside = (m[:, None] < tokens) & (n[None, :] < s)
-    column = j * s + n
-    bias = bias_ptr + tl.where(n < s, column, 0)
-    gate = gate_ptr + m[:, None].to(tl.int64) * stride_gate + column[None, :]
-    acc = finished(acc, bias, gate, inside, BIAS, ACT, GATED, FAST)
-    y = y_ptr + m[:, None].to(tl.int64) * stride_y + column[None, :]
-    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask=inside)
+    store_finished(acc, y_ptr, bias_ptr, gate_ptr, m, n, j, tokens, s, stride_y, stride_gate, BIAS, ACT, GATED, FAST)

@@ -59,6 +59,12 @@ def first_tile(
             a = tl.load(x + start, mask=(m[:, None] < tokens) & inside, other=0.0)
             b = tl.load(r + start, mask=(n[:, None] < width) & inside, other=0.0)
         acc = tl.dot(a, b.T, acc)
+    store_transposed(acc, t_ptr, m, n, k, tokens, width, rank, stride_t, stride_j)
+
+
+@triton.jit
+def store_transposed(acc, t_ptr, m, n, k, tokens, width, rank, stride_t, stride_j):
+    """Columns of rows of blocks ``n // rank``, where the second half finds them."""
     row = m[:, None].to(tl.int64) * stride_t + (k * rank + n % rank)[None, :]
     to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j + row
     tl.store(to, acc.to(t_ptr.dtype.element_ty), mask=(m[:, None] < tokens) & (n[None, :] < width))
@@ -95,6 +101,18 @@ def second_tile(
 ):  # fmt: skip
     """Rows ``m`` and columns ``n`` of block row j."""
     acc = second_sums(t_ptr, l_ptr, m, n, j, tokens, depth, s, stride_t, stride_j, M, N, K, EVEN)
+    store_finished(
+        acc, y_ptr, bias_ptr, gate_ptr, m, n, j, tokens, s, stride_y, stride_gate, BIAS, ACT, GATED, FAST
+    )  # fmt: skip
+
+
+@triton.jit
+def store_finished(
+    acc, y_ptr, bias_ptr, gate_ptr, m, n, j,
+    tokens, s, stride_y, stride_gate,
+    BIAS: tl.constexpr, ACT: tl.constexpr, GATED: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Results of block row j, with what ``epilogue`` does to them."""
     inside = (m[:, None] < tokens) & (n[None, :] < s)
     column = j * s + n
     bias = bias_ptr + tl.where(n < s, column, 0)
