@@ -1,4 +1,4 @@
-"""Up to 16 tokens: halves whose programs ask for all they need of a factor at once, in chunks of shared memory.
+"""2 to 16 tokens: halves whose programs ask for all they need of a factor at once, in chunks of shared memory.
 
 A second half does so before it waits for the first one, as one token's do (``held``), and for the same reason that one
 lets it start only when it has itself waited. Triton starts copies of a loop's next round where its last one ends, and

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
 HELD_FIRST, HELD_SECOND = 96, 112  # registers of a thread that may hold its part of a factor; it needs ``MORE``
 MORE = 40
-AHEAD_TOKENS = 16  # of a tile
+AHEAD_TOKENS = 16  # of a tile, the fewest that tensor cores take
 AHEAD_TERMS = 640  # of a second half's sums: registers hold no more of the intermediate
 AHEAD_NUMBERS = 2**15  # of L for each program: most GPUs have 99 KB of shared memory for one
 REGISTERS = 65536  # of a unit
@@ -161,8 +161,9 @@ def ahead_tiles(
     def are_there(tile: Tile, columns: Sequence[int], blocks: Sequence[int]) -> bool:
         return sum(tile.count(1, *sizes) for sizes in zip(columns, blocks, strict=True)) <= units
 
-    rows = (Tile(16, N, 256, N // 8, 3, chunks=1 if p <= 256 else 2) for N in (16, 32))
-    columns = (Tile(16, N, 128, 4, 2, chunks=-(-depth // 128)) for N in (32, 64) if depth * N <= AHEAD_NUMBERS)
+    M = AHEAD_TOKENS
+    rows = (Tile(M, N, 256, N // 8, 3, chunks=1 if p <= 256 else 2) for N in (16, 32))
+    columns = (Tile(M, N, 128, 4, 2, chunks=-(-depth // 128)) for N in (32, 64) if depth * N <= AHEAD_NUMBERS)
     first = next((tile for tile in rows if are_there(tile, width, n_in)), None)
     second = next((tile for tile in columns if are_there(tile, s, n_out)), None)
     return (first, second) if first and second and depth <= AHEAD_TERMS else None

@@ -303,8 +303,8 @@ def _bits(flags: Sequence[bool]) -> int:
 
 
 def _held_options(tile: Held, device: torch.device) -> dict[str, Any]:
-    launch = {} if INTERPRETED else {"num_warps": tile.warps}
-    return {"N": tile.N, "K": tile.K, "C": tile.chunks, **launch, **early(device)}
+    warps = {} if INTERPRETED else {"num_warps": tile.warps}
+    return {"N": tile.N, "K": tile.K, "C": tile.chunks, **warps, **early(device)}
 
 
 def _options_together(tile: Tile | Held, device: torch.device) -> dict[str, Any]:
