@@ -113,21 +113,28 @@ def accuracy(samples: list[list[Any]]) -> list[str]:
     errors = [abs(s[9] / s[7] - 1) for s in samples] + [abs(s[8] / s[6] - 1) for s in samples]
     promised = [s for s in samples if s[9] <= s[8]]
     slower = sum(s[7] * SLOWER > s[6] for s in promised)
+    return [
+        f"prediction error: median {np.median(errors):.0%} (target 15 %), 95th percentile "
+        f"{np.percentile(errors, 95):.0%} (target 35 %), on {len(errors)} times, most of sizes not used in the fit",
+        f"predicted no slower than dense, but slower than {SLOWER} of its speed: {slower} of {len(promised)} products",
+        *choices(samples),
+    ]
+
+
+def choices(samples: list[list[Any]]) -> list[str]:
+    """What it costs to choose by the predictions, as plans do."""
     lost, rewritten, surely = [], [], SURELY_FASTER["predicted"]
     for case in sorted({tuple(s[:4]) for s in samples}):
         rivals = [s for s in samples if tuple(s[:4]) == case]
         times = [rivals[0][6], *(s[7] for s in rivals)]
         predictions = [rivals[0][8], *(s[9] for s in rivals)]
         fastest = int(np.argmin(predictions))
-        if predictions[fastest] <= surely * predictions[0]:  # as plans decide
+        if predictions[fastest] <= surely * predictions[0]:
             rewritten.append(times[0] / times[fastest])
         else:
             fastest = 0
         lost.append(times[fastest] / min(times) - 1)
     return [
-        f"prediction error: median {np.median(errors):.0%} (target 15 %), 95th percentile "
-        f"{np.percentile(errors, 95):.0%} (target 35 %), on {len(errors)} times, most of sizes not used in the fit",
-        f"predicted no slower than dense, but slower than {SLOWER} of its speed: {slower} of {len(promised)} products",
         f"choices by prediction cost {np.mean(lost):.1%} (mean), {np.percentile(lost, 95):.0%} (95th percentile) more "
         f"than the best in hindsight (target 5 %), 5 % or more in {np.mean(np.array(lost) > 0.05):.0%} of the products",
         f"of {len(lost)} products {len(rewritten)} are rewritten where it is {1 - surely:.0%} faster by prediction; "

@@ -112,9 +112,9 @@ def test_device_profile_is_found_and_measured() -> None:
 def test_plans_by_times_measured_on_the_card() -> None:
     """Few and many tokens, and training; the profile's own device is found, wherever the model is."""
     model = torch.nn.Sequential(torch.nn.Linear(4096, 4096), torch.nn.GELU(), torch.nn.Linear(4096, 4096))
-    for tokens, workload in ((4, "inference"), (8192, "inference"), (8192, "training")):
+    for device, tokens, workload in (("cpu", 4, "inference"), ("cuda", 8192, "inference"), ("cuda", 8192, "training")):
         options = {"tokens": tokens, "workload": workload, "dtype": torch.bfloat16}
-        plan = mfx.plan(model, 0.5, device=mfx.measure_device("cuda"), times="measured", **options)
+        plan = mfx.plan(model.to(device), 0.5, device=mfx.measure_device("cuda"), times="measured", **options)
         assert plan.rewritten
         assert all(decision.time_s < 0.98 * decision.dense_s for decision in plan.rewritten)
 
