@@ -19,6 +19,7 @@ import benchmarks.gpu
 import benchmarks.gpu_models
 import benchmarks.halves
 import benchmarks.launched
+import benchmarks.layers
 import benchmarks.nodes
 import benchmarks.planning
 import benchmarks.predictions
@@ -40,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.command == "list":
         for entry in BENCHMARKS.values():
-            print(f"{entry.name:18} {entry.summary}")
+            print(f"{entry.name:26} {entry.summary}")
         return
     for name in arguments.names:
         run_one(BENCHMARKS[name])
