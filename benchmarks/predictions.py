@@ -14,6 +14,7 @@ from monarch_fx.structure import MonarchShape
 
 TIMED = {"layers-gpu": "h100", "layers-gpu-h200": "h200"}  # by the profile of the card
 AGAIN = "layers-gpu", "layers-gpu-again"  # two runs on the same kind of card
+TOKENS = {"1 token": (1,), "4 and 16 tokens": (4, 16), "64 tokens and more": (64, 256, 1024, 4096, 16384)}
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -23,12 +24,18 @@ def predictions() -> Table:
     table = Table(("result", "predicted by", "what predictions are worth"))
     for result, name in TIMED.items():
         again = [_predicted(resolve(name, "cpu"), sample) for sample in _samples(result)]
-        table.rows += [(result, f"profile {name}", line) for line in accuracy(again)]
+        lines = [*accuracy(again), *_by_tokens(again)]
+        table.rows += [(result, f"profile {name}", line) for line in lines]
     for result, other in (AGAIN, AGAIN[::-1]):  # what any prediction would miss
         times = {tuple(sample[:5]): sample[6:8] for sample in _samples(other)}
         measured = [[*sample[:8], *times[tuple(sample[:5])]] for sample in _samples(result)]
-        table.rows += [(result, f"times of {other}", line) for line in choices(measured)]
+        lines = [*choices(measured), *_by_tokens(measured)]
+        table.rows += [(result, f"times of {other}", line) for line in lines]
     return table
+
+
+def _by_tokens(samples: list[list[Any]]) -> list[str]:
+    return [f"at {name}: {choices([s for s in samples if s[1] in counts])[0]}" for name, counts in TOKENS.items()]
 
 
 def _samples(result: str) -> list[list[Any]]:
