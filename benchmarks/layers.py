@@ -54,8 +54,9 @@ HEADER = (
 
 
 class Racer(NamedTuple):
-    """A layer, how its operands are drawn, and in which mode it is compiled, None: not at all."""
+    """A layer's column, its formula, how its operands are drawn, and in which mode it is compiled, None: not at all."""
 
+    name: str
     layer: Layer
     draw: Callable[[], Operands]
     mode: str | None = None
@@ -126,14 +127,14 @@ def _race(
         for tokens in TOKENS[1:]:
             torch._dynamo.mark_dynamic(xs[tokens], 0)
         for activated in (False, True):
-            racers = _of_any_ratio(in_features, out_features, activated)
-            times = {column: seconds(racer, xs) for column, racer in racers.items()}
+            dense, *others = _of_any_ratio(in_features, out_features, activated)
+            times = {racer.name: seconds(racer, xs) for racer in (dense, *others)}
             if not trained:
-                tuned = racers["dense"]._replace(mode="max-autotune-no-cudagraphs")
-                times["max-autotune"] = forward_seconds(tuned, {tokens: xs[tokens].clone() for tokens in TUNED})
+                tuned = dense._replace(name="max-autotune", mode="max-autotune-no-cudagraphs")
+                times[tuned.name] = forward_seconds(tuned, {tokens: xs[tokens].clone() for tokens in TUNED})
             for ratio in RATIOS[:1] if trained and activated else RATIOS:
                 racers = _at_ratio(ratio, in_features, out_features, activated, trained)
-                at_ratio = {column: seconds(racer, xs) for column, racer in racers.items()}
+                at_ratio = {racer.name: seconds(racer, xs) for racer in racers}
                 start = name, f"{ratio}", "bias, GELU" if activated else "-"
                 table.raw[", ".join(start)] = {**times, **at_ratio}
                 _rows(table, start, {**times, **at_ratio}, profile, trained)
@@ -141,23 +142,23 @@ def _race(
         yield table
 
 
-def _of_any_ratio(in_features: int, out_features: int, activated: bool) -> dict[str, Racer]:
+def _of_any_ratio(in_features: int, out_features: int, activated: bool) -> list[Racer]:
     """Dense, and the authors' layer, whose parameters follow from its blocks."""
     p, s = in_features // AUTHORS, out_features // AUTHORS
     bias = [(out_features,)] if activated else []
     weight = functools.partial(_drawn, [(out_features, in_features), *bias])
     blocks = functools.partial(_drawn, [(AUTHORS, min(p, s), p), (AUTHORS, s, min(p, s)), *bias])
     dense, theirs = (with_gelu(layer) if activated else layer for layer in (linear, authors))
-    return {
-        "dense": Racer(dense, weight, "default" if activated else None),
-        "authors, eager": Racer(theirs, blocks),
-        "authors, compiled": Racer(theirs, blocks, "default"),
-    }
+    return [
+        Racer("dense", dense, weight, "default" if activated else None),
+        Racer("authors, eager", theirs, blocks),
+        Racer("authors, compiled", theirs, blocks, "default"),
+    ]
 
 
-def _at_ratio(ratio: float, in_features: int, out_features: int, activated: bool, trained: bool) -> dict[str, Racer]:
+def _at_ratio(ratio: float, in_features: int, out_features: int, activated: bool, trained: bool) -> list[Racer]:
     """Low rank as two layers, and ours; each with the same share of the parameters."""
-    racers: dict[str, Racer] = {}
+    racers: list[Racer] = []
     bias = [(out_features,)] if activated else []
     ours: Layer = mfx.monarch_bmm
     if activated:  # in a compiled forward pass it is found behind the product
@@ -170,9 +171,9 @@ def _at_ratio(ratio: float, in_features: int, out_features: int, activated: bool
             layer = with_gelu(two_linear) if activated else two_linear
             sizes = [(shape.rank, in_features), (out_features, shape.rank), *bias]
             draw = functools.partial(_drawn, sizes)
-            racers["low rank, two layers"] = Racer(layer, draw, "default" if activated else None)
+            racers.append(Racer("low rank, two layers", layer, draw, "default" if activated else None))
         mode = "default" if activated and trained else None
-        racers[_column(grid)] = Racer(ours, functools.partial(_factors, shape, bias), mode)
+        racers.append(Racer(_column(grid), ours, functools.partial(_factors, shape, bias), mode))
     return racers
 
 
@@ -196,7 +197,7 @@ def forward_seconds(racer: Racer, xs: dict[int, Tensor]) -> Times:
     with torch.no_grad(), _only_marked_sizes_vary():
         for tokens, x in xs.items():
             exact = racer.layer(x[:CHECKED].double(), *(operand.double() for operand in copies[0]))
-            check_exact(f"{racer.layer}, {tokens} tokens", run(x, *copies[0])[:CHECKED], exact, ROUNDING)
+            check_exact(f"{racer.name}, {tokens} tokens", run(x, *copies[0])[:CHECKED], exact, ROUNDING)
             used = copies if tokens <= 1024 else copies[:2]
             times[tokens] = graph_seconds([functools.partial(run, x, *operands) for operands in used])
     return times
@@ -214,7 +215,7 @@ def step_seconds(racer: Racer, xs: dict[int, Tensor]) -> Times:
             steps: list[Callable[[], Any]] = [functools.partial(_step, run, each, grad) for each in leaves]
             exactly = [leaf.detach().float().requires_grad_() for leaf in leaves[0]]
             for found, exact in zip(steps[0](), _step(racer.layer, exactly, grad.float()), strict=True):
-                check_exact(f"a gradient of {racer.layer}, {tokens} tokens", found, exact.double(), ROUNDING)
+                check_exact(f"a gradient of {racer.name}, {tokens} tokens", found, exact.double(), ROUNDING)
             del exactly, exact, found
             times[tokens] = graph_seconds(steps if tokens <= 1024 else steps[:2])
     return times
