@@ -20,9 +20,21 @@ from torch import Tensor
 
 import monarch_fx as mfx
 from benchmarks.gate import check_exact
-from benchmarks.gpu import CACHE_BYTES, RATIOS, ROUNDING, SIZES, TOKENS, factors, graph_seconds, published, shape_at
+from benchmarks.gpu import (
+    CACHE_BYTES,
+    RATIOS,
+    ROUNDING,
+    SIZES,
+    TOKENS,
+    column,
+    factors,
+    graph_seconds,
+    least_seconds,
+    published,
+    shape_at,
+)
 from benchmarks.registry import Table, benchmark
-from monarch_fx.costs import DeviceProfile, resolve
+from monarch_fx.costs import resolve
 from monarch_fx.structure import MonarchShape
 
 Operands = tuple[Tensor, ...]
@@ -35,22 +47,8 @@ GRIDS = ((1, 1), (2, 2), (4, 4))
 AUTHORS = 4  # blocks, as they published it
 TUNED = (16, 4096)  # tokens by max-autotune
 CHECKED = 64  # rows of a forward pass
-HEADER = (
-    "in -> out",
-    "ratio",
-    "with",
-    "tokens",
-    "dense us",
-    "max-autotune",
-    "authors, eager",
-    "authors, compiled",
-    "low rank, two layers",
-    "low rank",
-    "2x2",
-    "4x4",
-    "bound us",
-    "share of it",
-)
+RIVALS = "max-autotune", "authors, eager", "authors, compiled", "low rank, two layers", *map(column, GRIDS)
+HEADER = "in -> out", "ratio", "with", "tokens", "dense us", *RIVALS, "bound us", "share of it"
 
 
 class Racer(NamedTuple):
@@ -137,7 +135,13 @@ def _race(
                 at_ratio = {racer.name: seconds(racer, xs) for racer in racers}
                 start = name, f"{ratio}", "bias, GELU" if activated else "-"
                 table.raw[", ".join(start)] = {**times, **at_ratio}
-                _rows(table, start, {**times, **at_ratio}, profile, trained)
+                shapes = {column(grid): shape_at(ratio, in_features, out_features, grid) for grid in GRIDS[1:]}
+                bounds = {
+                    grid: {tokens: least_seconds(profile, tokens, shape, trained) for tokens in TOKENS}
+                    for grid, shape in shapes.items()
+                    if shape is not None
+                }
+                table.rows += _rows(start, {**times, **at_ratio}, bounds)
         table.targets = _summary(table)
         yield table
 
@@ -173,12 +177,8 @@ def _at_ratio(ratio: float, in_features: int, out_features: int, activated: bool
             draw = functools.partial(_drawn, sizes)
             racers.append(Racer("low rank, two layers", layer, draw, "default" if activated else None))
         mode = "default" if activated and trained else None
-        racers.append(Racer(_column(grid), ours, functools.partial(_factors, shape, bias), mode))
+        racers.append(Racer(column(grid), ours, functools.partial(_factors, shape, bias), mode))
     return racers
-
-
-def _column(grid: tuple[int, int]) -> str:
-    return "low rank" if grid == (1, 1) else f"{grid[0]}x{grid[1]}"
 
 
 def _factors(shape: MonarchShape, bias: Iterable[tuple[int, ...]]) -> Operands:
@@ -230,29 +230,15 @@ def _only_marked_sizes_vary() -> Any:
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
 
 
-def _rows(table: Table, start: tuple[str, ...], times: dict[str, Times], profile: DeviceProfile, trained: bool) -> None:
-    in_features, out_features = map(int, start[0].split(" -> "))
+def _rows(start: tuple[str, ...], times: dict[str, Times], bounds: dict[str, Times]) -> Iterator[tuple[str, ...]]:
+    """Speeds against dense; the bound is that of the fastest grid."""
     for tokens, dense in times["dense"].items():
-        speeds = [times.get(column, {}).get(tokens) for column in HEADER[5:-2]]
-        cells = [f"{dense / seconds:.2f}x" if seconds is not None else "-" for seconds in speeds]
-        grids = [seconds for seconds in speeds[-2:] if seconds is not None]
-        bound = _bound(profile, tokens, in_features, out_features, float(start[1]), trained)
-        share = f"{bound / min(grids):.0%}" if grids else "-"
-        table.rows.append((*start, str(tokens), f"{dense * 1e6:.1f}", *cells, f"{bound * 1e6:.1f}", share))
-
-
-def _bound(
-    profile: DeviceProfile, tokens: int, in_features: int, out_features: int, ratio: float, trained: bool
-) -> float:
-    """Seconds that the FLOPs, or the bytes of activations and factors alone, take on this device.
-
-    A step has three times the FLOPs and reads of factors, and reads x once more, and both gradients of activations.
-    """
-    params = ratio * in_features * out_features
-    flops, activations = 2 * tokens * params, tokens * (in_features + out_features)
-    if trained:
-        flops, params, activations = 3 * flops, 3 * params, tokens * (3 * in_features + 2 * out_features)
-    return max(flops / profile.peak("bfloat16"), 2 * (activations + params) / profile.bandwidth_bytes_per_s)
+        seconds = {name: times.get(name, {}).get(tokens) for name in RIVALS}
+        cells = [f"{dense / found:.2f}x" if found is not None else "-" for found in seconds.values()]
+        best = min((name for name in bounds if seconds[name] is not None), key=lambda name: times[name][tokens])
+        bound = bounds[best][tokens]
+        share = f"{bound / times[best][tokens]:.0%}"
+        yield (*start, str(tokens), f"{dense * 1e6:.1f}", *cells, f"{bound * 1e6:.1f}", share)
 
 
 def _summary(table: Table) -> list[str]:

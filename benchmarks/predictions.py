@@ -24,13 +24,11 @@ def predictions() -> Table:
     table = Table(("result", "predicted by", "what predictions are worth"))
     for result, name in TIMED.items():
         again = [_predicted(resolve(name, "cpu"), sample) for sample in _samples(result)]
-        lines = [*accuracy(again), *_by_tokens(again)]
-        table.rows += [(result, f"profile {name}", line) for line in lines]
-    for result, other in (AGAIN, AGAIN[::-1]):  # what any prediction would miss
+        table.rows += [(result, f"profile {name}", line) for line in (*accuracy(again), *_by_tokens(again))]
+    for result, other in (AGAIN, AGAIN[::-1]):  # how far times of one run hold for another
         times = {tuple(sample[:5]): sample[6:8] for sample in _samples(other)}
         measured = [[*sample[:8], *times[tuple(sample[:5])]] for sample in _samples(result)]
-        lines = [*choices(measured), *_by_tokens(measured)]
-        table.rows += [(result, f"times of {other}", line) for line in lines]
+        table.rows += [(result, f"times of {other}", line) for line in (*accuracy(measured), *_by_tokens(measured))]
     return table
 
 
