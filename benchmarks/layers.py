@@ -1,9 +1,10 @@
 """Single layers beside all that they compete with: dense, the authors' layer, low rank as two layers, and ours.
 
 Forward, and forward with backward; plain, and with bias and GELU. bfloat16 in CUDA graphs, with few tokens over as many
-copies of the weights as a cache can't hold. What a compiler can fuse is compiled, for any number of tokens but one;
-dense also by max-autotune, for some numbers of tokens, since that takes long. Ours is called as it is where a compiled
-graph runs the same kernels.
+copies of the weights as a cache can't hold. What a compiler can fuse is compiled, for every number of tokens anew:
+code for any number is made for the first one that it meets, and up to twelve times slower with others. Dense is timed
+by max-autotune, too, without epilogue and for two numbers of tokens, since that takes half a minute a size. Ours is
+called as it is where a compiled graph runs the same kernels.
 """
 
 from __future__ import annotations
@@ -41,8 +42,6 @@ Operands = tuple[Tensor, ...]
 Layer = Callable[..., Tensor]  # of x and operands
 Times = dict[int, float]  # seconds, by tokens
 
-SMALL = [size for size in SIZES if min(size) <= 1024]
-LARGE = [size for size in SIZES if min(size) > 1024]
 GRIDS = ((1, 1), (2, 2), (4, 4))
 AUTHORS = 4  # blocks, as they published it
 TUNED = (16, 4096)  # tokens by max-autotune
@@ -52,16 +51,12 @@ HEADER = "in -> out", "ratio", "with", "tokens", "dense us", *RIVALS, "bound us"
 
 
 class Racer(NamedTuple):
-    """A layer's column, its formula, how its operands are drawn, and in which mode it is compiled, None: not at all."""
+    """A layer's column, its formula, how its operands are drawn, and what is timed: the formula, as users run it."""
 
     name: str
     layer: Layer
     draw: Callable[[], Operands]
-    mode: str | None = None
-
-    def run(self) -> Layer:
-        torch._dynamo.reset()
-        return self.layer if self.mode is None else torch.compile(self.layer, mode=self.mode)
+    run: Layer
 
     def copies(self) -> list[Operands]:
         """As many as a cache can't hold."""
@@ -70,67 +65,74 @@ class Racer(NamedTuple):
         return [first, *(self.draw() for _ in range(max(1, min(63, count - 1))))]
 
 
-def linear(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
-    return F.linear(x, weight, *bias)
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(F.linear(x, weight, bias))
 
 
-def two_linear(x: Tensor, R: Tensor, L: Tensor, *bias: Tensor) -> Tensor:
-    return F.linear(F.linear(x, R), L, *bias)
+def two_linear(x: Tensor, R: Tensor, L: Tensor) -> Tensor:
+    return F.linear(F.linear(x, R), L)
 
 
-def authors(x: Tensor, w1: Tensor, w2: Tensor, *bias: Tensor) -> Tensor:
-    y = published(x, w1, w2)
-    return y + bias[0] if bias else y
+def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(y + bias)
 
 
-def with_gelu(layer: Layer) -> Layer:
-    return lambda *operands: F.gelu(layer(*operands))
+def ending(layer: Layer, epilogue: Layer) -> Layer:
+    """The layer, whose output goes through the epilogue with the last operand."""
+    return lambda x, *operands: epilogue(layer(x, *operands[:-1]), operands[-1])
 
 
-@benchmark("layers-forward-small-gpu")
-def forward_small() -> Iterator[Table]:
-    """Layers of up to 1024 features on one side, forward, beside all that they compete with."""
-    return _race(SMALL, forward_seconds, trained=False)
+@benchmark("layers-forward-768-gpu")
+def forward_768() -> Iterator[Table]:
+    """Layers of 768 features and more, forward, beside all that they compete with."""
+    return _race(768, forward_seconds, trained=False)
+
+
+@benchmark("layers-forward-1024-gpu")
+def forward_1024() -> Iterator[Table]:
+    """Layers of 1024 features and more, forward, beside all that they compete with."""
+    return _race(1024, forward_seconds, trained=False)
 
 
 @benchmark("layers-forward-large-gpu")
 def forward_large() -> Iterator[Table]:
     """Layers of at least 2048 features, forward, beside all that they compete with."""
-    return _race(LARGE, forward_seconds, trained=False)
+    return _race(2048, forward_seconds, trained=False)
 
 
-@benchmark("layers-step-small-gpu")
-def step_small() -> Iterator[Table]:
-    """Layers of up to 1024 features on one side, forward and backward, beside all that they compete with."""
-    return _race(SMALL, step_seconds, trained=True)
+@benchmark("layers-step-768-gpu")
+def step_768() -> Iterator[Table]:
+    """Layers of 768 features and more, forward and backward, beside all that they compete with."""
+    return _race(768, step_seconds, trained=True)
+
+
+@benchmark("layers-step-1024-gpu")
+def step_1024() -> Iterator[Table]:
+    """Layers of 1024 features and more, forward and backward, beside all that they compete with."""
+    return _race(1024, step_seconds, trained=True)
 
 
 @benchmark("layers-step-large-gpu")
 def step_large() -> Iterator[Table]:
     """Layers of at least 2048 features, forward and backward, beside all that they compete with."""
-    return _race(LARGE, step_seconds, trained=True)
+    return _race(2048, step_seconds, trained=True)
 
 
-def _race(
-    sizes: Iterable[tuple[int, int]], seconds: Callable[[Racer, dict[int, Tensor]], Times], trained: bool
-) -> Iterator[Table]:
+def _race(width: int, seconds: Callable[[Racer, dict[int, Tensor]], Times], trained: bool) -> Iterator[Table]:
     """A row for each size, epilogue, ratio and number of tokens; the table is given after every size.
 
-    With gradients bias and GELU come at one ratio: they are compiled for every structure, which takes long.
+    ``width`` is the narrower side of the sizes: 2048 for all that are as wide or wider.
     """
     table, profile = Table(HEADER), resolve("auto", "cuda")
-    for in_features, out_features in sizes:
+    for in_features, out_features in (size for size in SIZES if min(2048, *size) == width):
+        torch._dynamo.reset()
         name = f"{in_features} -> {out_features}"
         xs = {tokens: torch.randn(tokens, in_features, device="cuda").bfloat16() for tokens in TOKENS}
-        for tokens in TOKENS[1:]:
-            torch._dynamo.mark_dynamic(xs[tokens], 0)
         for activated in (False, True):
-            dense, *others = _of_any_ratio(in_features, out_features, activated)
-            times = {racer.name: seconds(racer, xs) for racer in (dense, *others)}
-            if not trained:
-                tuned = dense._replace(name="max-autotune", mode="max-autotune-no-cudagraphs")
-                times[tuned.name] = forward_seconds(tuned, {tokens: xs[tokens].clone() for tokens in TUNED})
-            for ratio in RATIOS[:1] if trained and activated else RATIOS:
+            times = {racer.name: seconds(racer, xs) for racer in _of_any_ratio(in_features, out_features, activated)}
+            if not trained and not activated:
+                times["max-autotune"] = forward_seconds(_tuned(in_features, out_features), {t: xs[t] for t in TUNED})
+            for ratio in RATIOS:
                 racers = _at_ratio(ratio, in_features, out_features, activated, trained)
                 at_ratio = {racer.name: seconds(racer, xs) for racer in racers}
                 start = name, f"{ratio}", "bias, GELU" if activated else "-"
@@ -152,33 +154,51 @@ def _of_any_ratio(in_features: int, out_features: int, activated: bool) -> list[
     bias = [(out_features,)] if activated else []
     weight = functools.partial(_drawn, [(out_features, in_features), *bias])
     blocks = functools.partial(_drawn, [(AUTHORS, min(p, s), p), (AUTHORS, s, min(p, s)), *bias])
-    dense, theirs = (with_gelu(layer) if activated else layer for layer in (linear, authors))
+    dense, theirs = (linear_gelu, ending(published, bias_gelu)) if activated else (F.linear, published)
     return [
-        Racer("dense", dense, weight, "default" if activated else None),
-        Racer("authors, eager", theirs, blocks),
-        Racer("authors, compiled", theirs, blocks, "default"),
+        Racer("dense", dense, weight, _compiled(dense) if activated else dense),
+        Racer("authors, eager", theirs, blocks, theirs),
+        Racer("authors, compiled", theirs, blocks, _compiled(theirs)),
     ]
 
 
+def _tuned(in_features: int, out_features: int) -> Racer:
+    """Dense, by the kernel that Inductor finds fastest."""
+    tuned = torch.compile(F.linear, dynamic=False, mode="max-autotune-no-cudagraphs")
+    return Racer("max-autotune", F.linear, functools.partial(_drawn, [(out_features, in_features)]), tuned)
+
+
 def _at_ratio(ratio: float, in_features: int, out_features: int, activated: bool, trained: bool) -> list[Racer]:
-    """Low rank as two layers, and ours; each with the same share of the parameters."""
+    """Low rank as two layers, and ours; each with the same share of the parameters.
+
+    Bias and GELU behind them are compiled once for all of a size, which takes the time of a layer compiled as a whole.
+    """
     racers: list[Racer] = []
     bias = [(out_features,)] if activated else []
-    ours: Layer = mfx.monarch_bmm
-    if activated:  # in a compiled forward pass it is found behind the product
-        ours = with_gelu(ours) if trained else functools.partial(ours, activation="gelu")
     for grid in GRIDS:
         shape = shape_at(ratio, in_features, out_features, grid)
         if shape is None:
             continue
         if grid == (1, 1):
-            layer = with_gelu(two_linear) if activated else two_linear
-            sizes = [(shape.rank, in_features), (out_features, shape.rank), *bias]
-            draw = functools.partial(_drawn, sizes)
-            racers.append(Racer("low rank, two layers", layer, draw, "default" if activated else None))
-        mode = "default" if activated and trained else None
-        racers.append(Racer(column(grid), ours, functools.partial(_factors, shape, bias), mode))
+            draw = functools.partial(_drawn, [(shape.rank, in_features), (out_features, shape.rank), *bias])
+            racers.append(_ending("low rank, two layers", two_linear, draw, activated))
+        draw = functools.partial(_factors, shape, bias)
+        if activated and not trained:
+            fused = functools.partial(mfx.monarch_bmm, activation="gelu")
+            racers.append(Racer(column(grid), fused, draw, fused))
+        else:
+            racers.append(_ending(column(grid), mfx.monarch_bmm, draw, activated))
     return racers
+
+
+def _ending(name: str, layer: Layer, draw: Callable[[], Operands], activated: bool) -> Racer:
+    if activated:
+        return Racer(name, ending(layer, bias_gelu), draw, ending(layer, _compiled(bias_gelu)))
+    return Racer(name, layer, draw, layer)
+
+
+def _compiled(layer: Layer) -> Layer:
+    return torch.compile(layer, dynamic=False)
 
 
 def _factors(shape: MonarchShape, bias: Iterable[tuple[int, ...]]) -> Operands:
@@ -193,26 +213,24 @@ def _drawn(sizes: Iterable[tuple[int, ...]]) -> Operands:
 
 def forward_seconds(racer: Racer, xs: dict[int, Tensor]) -> Times:
     """By tokens; the first rows are compared with float64 before."""
-    copies, run, times = racer.copies(), racer.run(), Times()
-    with torch.no_grad(), _only_marked_sizes_vary():
+    copies, times = racer.copies(), Times()
+    with torch.no_grad(), _every_size_compiled():
         for tokens, x in xs.items():
             exact = racer.layer(x[:CHECKED].double(), *(operand.double() for operand in copies[0]))
-            check_exact(f"{racer.name}, {tokens} tokens", run(x, *copies[0])[:CHECKED], exact, ROUNDING)
+            check_exact(f"{racer.name}, {tokens} tokens", racer.run(x, *copies[0])[:CHECKED], exact, ROUNDING)
             used = copies if tokens <= 1024 else copies[:2]
-            times[tokens] = graph_seconds([functools.partial(run, x, *operands) for operands in used])
+            times[tokens] = graph_seconds([functools.partial(racer.run, x, *operands) for operands in used])
     return times
 
 
 def step_seconds(racer: Racer, xs: dict[int, Tensor]) -> Times:
-    """The same, forward and backward, all gradients; these are compared with float32's. Not one token's, compiled."""
-    copies, run, times = racer.copies(), racer.run(), Times()
-    with _only_marked_sizes_vary():
+    """The same, forward and backward, all gradients; these are compared with float32's."""
+    copies, times = racer.copies(), Times()
+    with _every_size_compiled():
         for tokens, x in xs.items():
-            if racer.mode is not None and tokens == 1:
-                continue
             leaves = [[leaf.requires_grad_() for leaf in (x, *operands)] for operands in copies]
-            grad = torch.randn_like(run(*leaves[0]))
-            steps: list[Callable[[], Any]] = [functools.partial(_step, run, each, grad) for each in leaves]
+            grad = torch.randn_like(racer.run(*leaves[0]))
+            steps: list[Callable[[], Any]] = [functools.partial(_step, racer.run, each, grad) for each in leaves]
             exactly = [leaf.detach().float().requires_grad_() for leaf in leaves[0]]
             for found, exact in zip(steps[0](), _step(racer.layer, exactly, grad.float()), strict=True):
                 check_exact(f"a gradient of {racer.name}, {tokens} tokens", found, exact.double(), ROUNDING)
@@ -225,9 +243,11 @@ def _step(run: Layer, leaves: list[Tensor], grad: Tensor) -> Operands:
     return torch.autograd.grad(run(*leaves), leaves, grad)
 
 
-def _only_marked_sizes_vary() -> Any:
-    """Compiled layers hold for any number of tokens, where these are marked, and for no other size than theirs."""
-    return torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+def _every_size_compiled() -> Any:
+    """However many sizes there are: past a limit layers would run as they are."""
+    return torch._dynamo.config.patch(
+        recompile_limit=1024, accumulated_recompile_limit=1024, fail_on_recompile_limit_hit=True
+    )
 
 
 def _rows(start: tuple[str, ...], times: dict[str, Times], bounds: dict[str, Times]) -> Iterator[tuple[str, ...]]:
