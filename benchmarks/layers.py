@@ -2,7 +2,7 @@
 
 Forward, and forward with backward; plain, and with bias and GELU. bfloat16 in CUDA graphs, with few tokens over as many
 copies of the weights as a cache can't hold. What a compiler can fuse is compiled, for every number of tokens anew:
-code for any number is made for the first one that it meets, and up to twelve times slower with others. Dense is timed
+code for any number is made for the first one that it meets, and can be ten times slower with others. Dense is timed
 by max-autotune, too, without epilogue and for two numbers of tokens, since that takes half a minute a size. Ours is
 called as it is where a compiled graph runs the same kernels.
 """
