@@ -84,46 +84,47 @@ def ending(layer: Layer, epilogue: Layer) -> Layer:
 
 @benchmark("layers-forward-768-gpu")
 def forward_768() -> Iterator[Table]:
-    """Layers of 768 features and more, forward, beside all that they compete with."""
-    return _race(768, forward_seconds, trained=False)
+    """Layers whose narrower side has 768 features, forward, beside all that they compete with."""
+    return _race(768, trained=False)
 
 
 @benchmark("layers-forward-1024-gpu")
 def forward_1024() -> Iterator[Table]:
-    """Layers of 1024 features and more, forward, beside all that they compete with."""
-    return _race(1024, forward_seconds, trained=False)
+    """Layers whose narrower side has 1024 features, forward, beside all that they compete with."""
+    return _race(1024, trained=False)
 
 
 @benchmark("layers-forward-large-gpu")
 def forward_large() -> Iterator[Table]:
     """Layers of at least 2048 features, forward, beside all that they compete with."""
-    return _race(2048, forward_seconds, trained=False)
+    return _race(2048, trained=False)
 
 
 @benchmark("layers-step-768-gpu")
 def step_768() -> Iterator[Table]:
-    """Layers of 768 features and more, forward and backward, beside all that they compete with."""
-    return _race(768, step_seconds, trained=True)
+    """Layers whose narrower side has 768 features, forward and backward, beside all that they compete with."""
+    return _race(768, trained=True)
 
 
 @benchmark("layers-step-1024-gpu")
 def step_1024() -> Iterator[Table]:
-    """Layers of 1024 features and more, forward and backward, beside all that they compete with."""
-    return _race(1024, step_seconds, trained=True)
+    """Layers whose narrower side has 1024 features, forward and backward, beside all that they compete with."""
+    return _race(1024, trained=True)
 
 
 @benchmark("layers-step-large-gpu")
 def step_large() -> Iterator[Table]:
     """Layers of at least 2048 features, forward and backward, beside all that they compete with."""
-    return _race(2048, step_seconds, trained=True)
+    return _race(2048, trained=True)
 
 
-def _race(width: int, seconds: Callable[[Racer, dict[int, Tensor]], Times], trained: bool) -> Iterator[Table]:
+def _race(width: int, *, trained: bool) -> Iterator[Table]:
     """A row for each size, epilogue, ratio and number of tokens; the table is given after every size.
 
     ``width`` is the narrower side of the sizes: 2048 for all that are as wide or wider.
     """
     table, profile = Table(HEADER), resolve("auto", "cuda")
+    seconds = step_seconds if trained else forward_seconds
     alike: list[dict[str, Times]] = []  # where ours has about as many parameters as the authors' layer
     for in_features, out_features in (size for size in SIZES if min(2048, *size) == width):
         torch._dynamo.reset()
@@ -254,7 +255,7 @@ def _every_size_compiled() -> Any:
 
 
 def _rows(start: tuple[str, ...], times: dict[str, Times], bounds: dict[str, Times]) -> Iterator[tuple[str, ...]]:
-    """Speeds against dense; the bound is that of the fastest grid."""
+    """Speeds against dense; the bound is that of the fastest grid's product alone."""
     for tokens, dense in times["dense"].items():
         seconds = {name: times.get(name, {}).get(tokens) for name in RIVALS}
         cells = [f"{dense / found:.2f}x" if found is not None else "-" for found in seconds.values()]
