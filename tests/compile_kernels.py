@@ -17,7 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from monarch_fx.kernels import ahead, choice, fused, held, launch, padding, persistent, tiles, together
+from monarch_fx.kernels import ahead, choice, fused, held, launch, padding, persistent, split, tiles, together
 from monarch_fx.kernels.choice import Held, Tile
 
 UNITS = 132
@@ -86,7 +86,8 @@ def compiled(
         assert "st.global.b" not in found.asm["ptx"], f"{kernel} stores number by number"
         loaded = set(re.findall(r"cp\.async\.c[ag]\.shared\.global .*?\], (0x\w+)", found.asm["ptx"]))
         is_turned = number == "fp32" and arch >= 90  # tensor cores want columns of second factors as rows
-        assert is_turned or loaded == (set() if descriptors else {"0x10"}), f"{kernel} loads {loaded} bytes at once"
+        expected = set() if descriptors or "K" not in constants else {"0x10"}  # to shared memory, for products
+        assert is_turned or loaded == expected, f"{kernel} loads {loaded} bytes at once"
     return found.metadata.shared
 
 
@@ -176,6 +177,17 @@ def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
             yield f"{name} {tile}", compiled(arch, kernel, {**constants, **more}, tile.warps, tile.stages)
 
 
+def kernels_of_parts(arch: int) -> Iterator[tuple[str, int]]:
+    early = {"ROW": padding.ROW, "PDL": arch >= 90}
+    sizes = itertools.product(FEW_TOKENS, COLUMNS, BLOCKS)
+    tiles_of = ((choice.first_tile(*size, UNITS, described=False), size) for size in sizes)
+    for tile in {tile for tile, size in tiles_of if choice.splits(tile, *size, 8192, UNITS) > 1}:
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": False, "T_ROW": padding.ROW, **early}
+        yield f"first, split {tile}", compiled(arch, split.first, constants, tile.warps, tile.stages)
+    constants = {"M": launch.TOTAL_M, "N": launch.TOTAL_N, **early}
+    yield "total", compiled(arch, split.total, constants, 4, 3)
+
+
 def kernels_of_one_token(arch: int) -> Iterator[tuple[str, int]]:
     pdl = {"PDL": arch >= 90}
     for p, depth, number in itertools.product((256, 1024, 4096, 7168), (192, 704, 1344), ("bf16", "fp32")):
@@ -231,7 +243,7 @@ def kernels_ahead(arch: int) -> Iterator[tuple[str, int]]:
 if __name__ == "__main__":
     all_made = (
         made(int(sys.argv[1]))
-        for made in (kernels, kernels_in_tf32, kernels_together, kernels_of_one_token, kernels_ahead)
+        for made in (kernels, kernels_in_tf32, kernels_together, kernels_of_parts, kernels_of_one_token, kernels_ahead)
     )
     for name, shared in itertools.chain(*all_made):
         print(json.dumps([name, shared]), flush=True)

@@ -65,6 +65,17 @@ AHEAD = [
     ((2, 3, 8, 36, 24), None),
     ((2, 3, 8, 40, 20), None),
 ]
+# of 2 to 64 tokens, whose long sums are cut into parts: even ones, rows that aren't aligned, several rows and columns
+# of blocks, short last parts, an empty one; not cut: short sums, enough programs
+SPLIT = [
+    ((17, 1, 1, 48, 2048, 40), 2),
+    ((5, 1, 2, 40, 3402, 24), 3),
+    ((64, 2, 1, 16, 2568, 24), 2),
+    ((40, 2, 3, 24, 7208, 24), 6),
+    ((40, 1, 1, 16, 10368, 24), 10),
+    ((40, 2, 2, 24, 2040, 24), 1),
+    ((2, 2, 2, 500, 2048, 24), 1),
+]
 TILES = [tile for tile in vars(choice).values() if isinstance(tile, choice.Tile)]
 EPILOGUES = [(True, False, name) for name in ACTIVATIONS] + [(False, True, "silu"), (True, True, "gelu")]
 
@@ -316,6 +327,21 @@ def test_products_together_loaded_at_once(
     assert few.products(x, R, L, y, some, None)
     for product in zip(R, L, y, some, strict=True):
         check(x, *product, None, "none")
+
+
+@pytest.mark.parametrize(("shape", "count"), SPLIT)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_long_sums_of_few_tokens_in_parts(
+    shape: tuple[int, ...], count: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "units", lambda device: 64)
+    x, R, L, _, y = operands(*shape, dtype=dtype)
+    found: list[int] = []
+    original = launch.splits
+    monkeypatch.setattr(launch, "splits", lambda *sizes: found.append(original(*sizes)) or found[0])
+    assert few.product(x, R, L, y, None, None, "none")
+    assert found == [count]
+    check(x, R, L, y, None, None, "none")
 
 
 def test_one_token_s_second_halves_are_held_where_all_programs_fit() -> None:

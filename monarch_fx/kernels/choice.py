@@ -24,6 +24,7 @@ TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
 TERMS = 64  # that kernels for many tokens add up at once: sums between two multiples take as long as the longer one
 ROWS_FLOPS = 2e10  # of two rows of blocks from which it is
+SPLIT_TERMS = 1024  # of a part of a first half's sums, at least
 WIDE_WAVE = 7 / 4  # of wide tiles, in waves of square ones
 SHALLOW = 256  # terms of a second half up to which it mostly stores
 SHARED = 5 / 4  # of other second halves, columns that are computed over columns that there are
@@ -197,6 +198,22 @@ def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: b
         is_odd = math.ceil(tiles(SQUARE)) % 2  # of a pair one would be alone in the last wave, and slow
         return SQUARE if is_odd else PAIRED
     return NARROW if tiles(NARROW) >= 0.5 else SMALL
+
+
+def splits(tile: Tile, tokens: int, width: int, blocks: int, p: int, units: int) -> int:
+    """Into how many parts the sums of a first half are cut, whose tiles leave most units idle; 1: not at all.
+
+    Args:
+        tile: As of ``first_tile``, as are the others.
+        tokens: Rows.
+        width: ``nblocks_out * rank``.
+        blocks: ``nblocks_in``.
+        p: Terms of the sums.
+        units: Multiprocessors of the GPU.
+    """
+    if tile.per_unit or tokens > FEW_TOKENS:
+        return 1
+    return max(1, min(units // tile.count(tokens, width, blocks), p // SPLIT_TERMS))
 
 
 def _are_fewer_waves(wide: float, square: float) -> bool:

@@ -19,7 +19,7 @@ from triton.errors import TritonError
 
 from monarch_fx.kernels import gpu
 from monarch_fx.kernels.few import filled, launches_alone, launches_together
-from monarch_fx.kernels.launch import ALIGNED, REMEMBERED, Launch, first_launch, second_launch
+from monarch_fx.kernels.launch import ALIGNED, REMEMBERED, Launch, SplitLaunch, first_launch, second_launch
 
 
 class Products(NamedTuple):
@@ -72,7 +72,7 @@ class Products(NamedTuple):
 class Launches(NamedTuple):
     """Both halves, and their operands among all: x, R, L, biases, the gate; results, and intermediates."""
 
-    first: Launch
+    first: Launch | SplitLaunch
     second: Launch
     of_first: Callable[[Sequence[Any]], Sequence[Any]]
     of_second: Callable[[Sequence[Any]], Sequence[Any]]
@@ -180,7 +180,7 @@ class Half(NamedTuple):
 
 
 @functools.lru_cache(REMEMBERED)
-def prepared_half(half: str) -> tuple[Launch, Callable[[Sequence[Any]], Sequence[Any]]] | None:
+def prepared_half(half: str) -> tuple[Launch | SplitLaunch, Callable[[Sequence[Any]], Sequence[Any]]] | None:
     """Of a half as text, the launch, and its operands among x or the intermediate, factor, bias, gate, what is written.
 
     None where no kernel takes it.

@@ -31,6 +31,7 @@ from monarch_fx.kernels.launch import (
     INTERPRETED,
     REMEMBERED,
     Launch,
+    SplitLaunch,
     Strides,
     constants,
     early,
@@ -109,7 +110,7 @@ def launches_alone(
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
-) -> tuple[int, Launch, Launch] | None:
+) -> tuple[int, Launch | SplitLaunch, Launch] | None:
     """The size of the intermediate, and the halves; ``strides`` between rows of x, of the results and of the gate."""
     (n_in, n_out, rank, _), (stride_x, *others) = R, strides
     strides_t = (tokens * n_in * rank, n_in * rank, 1) if n_in > 1 else (rank, n_out * rank, 1)

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from monarch_fx.kernels import fused, persistent, tiles
+from monarch_fx.kernels import fused, persistent, split, tiles
 from monarch_fx.kernels.choice import (
     FEW_TOKENS,
     FUSED_TOKENS,
@@ -29,11 +29,13 @@ from monarch_fx.kernels.choice import (
     fused_ranks,
     fused_stages,
     second_tile,
+    splits,
     tf32_tokens,
 )
 
 INTERPRETED = triton.knobs.runtime.interpret
 FUSED_N, FUSED_K = 64, 64
+TOTAL_M, TOTAL_N = 16, 64  # of a program that adds up parts of sums
 ALIGNED = 16  # bytes, of whatever a tensor descriptor describes, and of what Triton compiles wide loads for
 REMEMBERED = 4096  # launches, of all layers' sizes and numbers of tokens
 
@@ -121,6 +123,33 @@ class Launch:
         return found
 
 
+class SplitLaunch(NamedTuple):
+    """A first half in two launches: parts of sums, and their total; called as a ``Launch`` is.
+
+    Attributes:
+        some: x and R into ``numbers`` of float32.
+        total: These into the intermediate.
+    """
+
+    some: Launch
+    total: Launch
+    numbers: int
+
+    @property
+    def run(self) -> Any:
+        """None before both kernels are compiled."""
+        return self.some.run and self.total.run
+
+    def __call__(self, tensors: Sequence[Tensor], addresses: Sequence[int]) -> None:
+        """x, R and the intermediate."""
+        x, R, t = tensors[:3]
+        x_at, R_at, t_at = addresses
+        sums = x.new_empty(self.numbers, dtype=torch.float32)
+        at = sums.data_ptr()
+        self.some((x, R, sums), (x_at, R_at, at))
+        self.total((sums, t), (at, t_at))
+
+
 def first_half(x: Tensor, R: Tensor, t: Tensor) -> bool:
     """x (tokens, n_in * p) with R (n_in, n_out, rank, p) into t (n_out, tokens, n_in * rank).
 
@@ -155,7 +184,7 @@ def first_launch(
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
-) -> Launch | None:
+) -> Launch | SplitLaunch | None:
     n_in, n_out, rank, p = factor
     width = n_out * rank
     described = aligned and _describable(dtype, device, stride_x, p)
@@ -181,11 +210,18 @@ def first_launch(
         walkers = min(tile.count(tokens, width, n_in), most)
         row, parts = in_parts(dtype, width, rank, *strides)
         return Launch(persistent.first, (walkers,), layouts, (tokens, p, *parts), {**options, "ROW": row}, aligned)
-    grid = triton.cdiv(width, tile.N), n_in, triton.cdiv(tokens, tile.M)
+    count = splits(tile, tokens, width, n_in, p, units(device))
+    grid = triton.cdiv(width, tile.N), n_in * count, triton.cdiv(tokens, tile.M)
     options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
     (row, read), (t_row, written) = in_parts(dtype, p, stride_x), in_parts(dtype, width, rank, *strides)
     options |= {"ROW": row, "T_ROW": t_row}
-    return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
+    if count == 1:
+        return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
+    some = Launch(split.first, grid, {}, (tokens, *read, written[0], count), options, aligned)
+    options = {"M": TOTAL_M, "N": TOTAL_N, "ROW": t_row, **early(device)}
+    grid = triton.cdiv(width, TOTAL_N), n_in, triton.cdiv(tokens, TOTAL_M)
+    total = Launch(split.total, grid, {}, (tokens, *written, count), options, aligned)
+    return SplitLaunch(some, total, n_in * count * tokens * width)
 
 
 @functools.lru_cache(REMEMBERED)
@@ -255,7 +291,7 @@ def whole_launch(
     return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
 
 
-def _launched(find: Callable[..., Launch | None], operands: Sequence[Tensor], *sizes: Any) -> bool:
+def _launched(find: Callable[..., Launch | SplitLaunch | None], operands: Sequence[Tensor], *sizes: Any) -> bool:
     """Launches what ``find`` has for such sizes; False where it has nothing."""
     x, addresses = operands[0], [operand.data_ptr() for operand in operands]
     launch = find(*sizes, x.dtype, x.device, functools.reduce(operator.or_, addresses) % ALIGNED == 0)

@@ -46,11 +46,22 @@ def first_tile(
     M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Rows ``m`` and columns ``n`` of what block column k gives."""
+    acc = first_sums(x_ptr, r_ptr, m, n, k, 0, p, tokens, p, width, stride_x, M, N, K, EVEN)
+    store_transposed(acc, t_ptr, m, n, k, tokens, width, rank, stride_t, stride_j)
+
+
+@triton.jit
+def first_sums(
+    x_ptr, r_ptr, m, n, k, begin, end,
+    tokens, p, width, stride_x,
+    M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """The terms of ``first_tile`` from ``begin`` up to ``end``."""
     c = tl.arange(0, K)
     x = x_ptr + m[:, None].to(tl.int64) * stride_x + k * p + c[None, :]
     r = r_ptr + (k * width + n)[:, None].to(tl.int64) * p + c[None, :]
     acc = tl.zeros((M, N), tl.float32)
-    for start in range(0, p, K):
+    for start in range(begin, end, K):
         if EVEN:
             a = tl.load(x + start, mask=m[:, None] < tokens, other=0.0)
             b = tl.load(r + start)
@@ -59,7 +70,7 @@ def first_tile(
             a = tl.load(x + start, mask=(m[:, None] < tokens) & inside, other=0.0)
             b = tl.load(r + start, mask=(n[:, None] < width) & inside, other=0.0)
         acc = tl.dot(a, b.T, acc)
-    store_transposed(acc, t_ptr, m, n, k, tokens, width, rank, stride_t, stride_j)
+    return acc
 
 
 @triton.jit
