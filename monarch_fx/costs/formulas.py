@@ -28,6 +28,7 @@ from monarch_fx.costs.kernel import (
     Pass,
     Product,
     TokenSum,
+    Total,
 )
 from monarch_fx.costs.symbols import (
     at_least_one,
@@ -110,6 +111,7 @@ def without_copies(
     second_aligned: bool = True,
     first_whole: bool = True,
     second_whole: bool = True,
+    splits: int = 1,
 ) -> tuple[Kernel, ...]:
     """Kernels of the product, forward, where each one writes what the next one reads, as on a GPU.
 
@@ -124,18 +126,22 @@ def without_copies(
         second_aligned: Likewise.
         first_whole: Likewise.
         second_whole: Likewise.
+        splits: Parts of the sums of an own first half; a second launch adds up several.
     """
     rows = {"aligned": first_aligned, "whole": first_whole}
     firsts = {
         "joined": Product(nblocks_in, tokens, p, nblocks_out * rank, launch=LIBRARY_S, **rows),
         "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, launch=STRIDED_S, **rows),
-        "own": Product(nblocks_in, tokens, p, nblocks_out * rank, launch=OWN_S, own=True, **rows),
+        "own": Product(nblocks_in * splits, tokens, p / splits, nblocks_out * rank, launch=OWN_S, own=True, **rows),
     }
+    first_half: list[Kernel] = [firsts[first]]
+    if splits > 1:
+        first_half.append(Total(nblocks_in, tokens, nblocks_out * rank, splits))
     if second == "none":
-        return (firsts[first],)
+        return tuple(first_half)
     launches = {"library": LIBRARY_S, "own": launch_s, "early": OWN_S}
     rows = {"own": second != "library", "aligned": second_aligned, "whole": second_whole}
-    return firsts[first], Product(nblocks_out, tokens, nblocks_in * rank, s, launch=launches[second], **rows)
+    return *first_half, Product(nblocks_out, tokens, nblocks_in * rank, s, launch=launches[second], **rows)
 
 
 def factor_gradients(first_aligned: bool = True, second_aligned: bool = True) -> tuple[Kernel, ...]:

@@ -94,9 +94,19 @@ class Halves:
             least = choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p)
             if math.isfinite(least):
                 time_s = np.where(self.rows >= least, many("strided"), time_s)
-        second = "none" if second == "none" else "early"
-        few = self.seconds(of, "without_copies", "own", second, is_aligned(2, of.p), is_aligned(2, of.s))
-        return np.where(self.rows <= choice.FEW_TOKENS, few, time_s)
+        for tokens in (choice.FEW_TOKENS, choice.AHEAD_TOKENS):
+            time_s = np.where(
+                self.rows <= tokens, self._few(of, "none" if second == "none" else "early", tokens), time_s
+            )
+        return time_s
+
+    def _few(self, of: MonarchShape, second: str, tokens: int) -> Seconds:
+        """Up to so many tokens, which are one tile."""
+        width = of.nblocks_out * of.rank
+        tile = choice.first_tile(tokens, width, of.nblocks_in, self.units, described=False)
+        splits = choice.splits(tile, tokens, width, of.nblocks_in, of.p, self.units)
+        aligned = is_aligned(2, of.p), is_aligned(2, of.s)
+        return self.seconds(of, "without_copies", "own", second, *aligned, True, True, splits)
 
     def _are_aligned(self, of: MonarchShape) -> tuple[bool, bool]:
         """Whether rows of all operands of each half are."""

@@ -174,6 +174,30 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class Total:
+    """The total of ``splits`` parts of ``batch`` results (m, n), which a kernel of this library stored in float32."""
+
+    batch: Expr
+    m: Expr
+    n: Expr
+    splits: int
+
+    @property
+    def flops(self) -> Expr:
+        return sympy.Integer(0)
+
+    @property
+    def bytes_moved(self) -> Expr:
+        """Every part written once and read once."""
+        return 2 * 4 * self.splits * self.batch * self.m * self.n
+
+    @property
+    def seconds(self) -> Expr:
+        """One launch; parts stay in a cache."""
+        return kernel_launch_s + self.bytes_moved / (CACHE_SPEED * bandwidth_bytes_per_s)
+
+
+@dataclass(frozen=True)
 class Held:
     """``batch`` products (1, k) @ (k, n) in one launch, whose programs hold their factor in registers."""
 
@@ -353,7 +377,7 @@ class Copy:
         return (self,)
 
 
-Kernel = Product | Copy | Fused | Held | Ahead | TokenSum | Faster | Pass | Epilogue
+Kernel = Product | Copy | Fused | Total | Held | Ahead | TokenSum | Faster | Pass | Epilogue
 
 
 def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr) -> Expr:
