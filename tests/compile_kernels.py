@@ -24,13 +24,14 @@ UNITS = 132
 FEW_TOKENS = (1, 16, 17, 64)
 TOKENS = (*FEW_TOKENS, 100, 256, 1000, 4096, 16384)
 COLUMNS = (48, 64, 96, 128, 192, 256, 1024, 4096)
+TERMS = (256, 2048, 8192)
 BLOCKS = (1, 2, 4, 8)
 PARTS = re.compile(r"(p|width|rank|depth|s|stride_.*)\d?")  # given in parts of ROW, of which nothing is known
 EPILOGUES = (("none", False), ("gelu", False), ("silu", True))
 
 
 def first_tiles(described: bool) -> set[Tile]:
-    sizes = itertools.product(TOKENS, COLUMNS, BLOCKS)
+    sizes = itertools.product(TOKENS, COLUMNS, BLOCKS, TERMS)
     return {choice.first_tile(*size, UNITS, described=described) for size in sizes}
 
 
@@ -139,7 +140,7 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
     """Of few tokens, and first halves of many."""
     pdl = {"PDL": arch >= 90, "ROW": launch.ALIGNED // 4}
     epilogue = {"BIAS": False, "ACT": "none", "GATED": False, "FAST": True, "EVEN": False}
-    few = itertools.product(FEW_TOKENS, COLUMNS, BLOCKS)
+    few = itertools.product(FEW_TOKENS, COLUMNS, BLOCKS, TERMS)
     for tile in {choice.first_tile(*size, UNITS, described=False).holding(4) for size in few}:
         constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": False, "T_ROW": pdl["ROW"], **pdl}
         yield f"first {tile} TF32", compiled(arch, tiles.first, constants, tile.warps, tile.stages, "fp32")
@@ -164,7 +165,7 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
 def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
     sizes = list(itertools.product(FEW_TOKENS, COLUMNS, BLOCKS))
     early = {"PDL": arch >= 90, "ROW": padding.ROW}
-    for tile in {choice.first_tile(*size, UNITS, described=False) for size in sizes}:
+    for tile in {choice.first_tile(*size, TERMS[0], UNITS, described=False) for size in sizes}:
         constants = {"M": tile.M, "N": tile.N, "K": tile.K, "C": 0, "COUNT": choice.TOGETHER, "EVEN": 5, **early}
         yield f"first, together {tile}", compiled(arch, together.first, constants, tile.warps, tile.stages)
     features = {"described": False, "activated": False, "gated": False}
@@ -178,14 +179,23 @@ def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
 
 
 def kernels_of_parts(arch: int) -> Iterator[tuple[str, int]]:
-    early = {"ROW": padding.ROW, "PDL": arch >= 90}
-    sizes = itertools.product(FEW_TOKENS, COLUMNS, BLOCKS)
-    tiles_of = ((choice.first_tile(*size, UNITS, described=False), size) for size in sizes)
-    for tile in {tile for tile, size in tiles_of if choice.splits(tile, *size, 8192, UNITS) > 1}:
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "EVEN": False, "T_ROW": padding.ROW, **early}
-        yield f"first, split {tile}", compiled(arch, split.first, constants, tile.warps, tile.stages)
-    constants = {"M": launch.TOTAL_M, "N": launch.TOTAL_N, **early}
-    yield "total", compiled(arch, split.total, constants, 4, 3)
+    new = arch >= 90
+    early = {"ROW": padding.ROW, "PDL": new}
+    sizes = itertools.product(TOKENS, COLUMNS, BLOCKS, TERMS, (False, new))
+    tiles_of = ((choice.first_tile(*size, UNITS, described=described), size) for *size, described in sizes)
+    for tile in {tile for tile, size in tiles_of if choice.splits(tile, *size, UNITS) > 1}:
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, **early}
+        if tile.per_unit:
+            constants |= {"N_IN": 2, "UNITS": UNITS}
+            blocks = {"x_desc": block(tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}
+            made = compiled(arch, split.described, constants, tile.warps, tile.stages, **blocks)
+        else:
+            constants |= {"EVEN": False, "T_ROW": padding.ROW}
+            made = compiled(arch, split.first, constants, tile.warps, tile.stages)
+        yield f"first, split {tile}", made
+    for columns in (launch.TOTAL_N, 2 * launch.TOTAL_N):
+        constants = {"M": launch.TOTAL_M, "N": columns, "SPLITS": choice.MOST_SPLITS, **early}
+        yield f"total {columns}", compiled(arch, split.total, constants, 4, 3)
 
 
 def kernels_of_one_token(arch: int) -> Iterator[tuple[str, int]]:

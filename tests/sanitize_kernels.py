@@ -3,7 +3,7 @@
 To be run under NVIDIA's compute-sanitizer, with every tensor in an allocation of its own; it must find nothing:
 
     export PYTORCH_NO_CUDA_MEMORY_CACHING=1
-    WATCHED='regex=^(first|total|second|product|gated)$'
+    WATCHED='regex=^(first|described|total|second|product|gated)$'
     compute-sanitizer --tool memcheck --kernel-name "$WATCHED" python tests/sanitize_kernels.py
     compute-sanitizer --tool racecheck --kernel-name "$WATCHED" python tests/sanitize_kernels.py --without-library
 
@@ -178,7 +178,8 @@ def cases() -> Iterator[Callable[[], None]]:
     at_once = (2, 3, 2, 24, 1104, 72), (11, 1, 3, 150, 264, 40), (16, 4, 9, 100, 24, 48), (5, 3, 2, 210, 32, 40)
     for sizes in (*at_once, (7, 2, 8, 30, 72, 600), (4, 2, 2, 700, 24, 40)):
         yield functools.partial(product, sizes)
-    for sizes in ((17, 1, 1, 48, 2048, 40), (5, 1, 2, 40, 3402, 24), (64, 2, 3, 24, 7208, 24)):
+    in_parts = (17, 1, 1, 48, 2048, 40), (5, 1, 2, 40, 3402, 24), (64, 2, 3, 24, 7208, 24), (100, 1, 1, 48, 2048, 72)
+    for sizes in (*in_parts, (150, 2, 2, 400, 4104, 72), (500, 2, 2, 500, 2120, 72)):
         yield functools.partial(product, sizes)
     for sizes, activation in itertools.product(RAGGED[:2], ACTIVATIONS):
         yield functools.partial(product, sizes, False, activation, bias=True, gate=True)

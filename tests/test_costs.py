@@ -34,6 +34,7 @@ from monarch_fx.costs import (
 from monarch_fx.costs.predict import MOST_TOKENS
 from monarch_fx.costs.shipped import HOPPER, SHIPPED
 from monarch_fx.errors import DeviceProfileError, MonarchWarning
+from monarch_fx.kernels import choice
 from monarch_fx.structure import MonarchShape
 
 PROFILE = DeviceProfile(
@@ -46,10 +47,12 @@ PROFILE = DeviceProfile(
 )
 
 
-def count(expression: sympy.Expr, shape: MonarchShape, tokens: int, batch: int = 1, dtype_bytes: int = 4) -> int:
+def count(
+    expression: sympy.Expr, shape: MonarchShape, tokens: int, batch: int = 1, dtype_bytes: int = 4, splits: int = 1
+) -> int:
     """The value of an expression in sizes."""
     grid = (shape.nblocks_out, shape.nblocks_in, shape.rank)
-    values = (tokens, shape.in_features, shape.out_features, *grid, batch, dtype_bytes)
+    values = (tokens, shape.in_features, shape.out_features, *grid, batch, dtype_bytes, splits)
     return int(expression.subs(dict(zip(symbols.SIZES, values, strict=True))))
 
 
@@ -308,7 +311,7 @@ class TestLoweringsOfAGpu:
     @pytest.mark.parametrize("first", ["strided", "own"])
     @pytest.mark.parametrize("second", ["library", "own"])
     def test_the_same_work_without_copies(self, first: str, second: str) -> None:
-        kernels = formulas.without_copies(first, second)
+        kernels = formulas.first_half(first) + formulas.second_half(second)
         assert not any(isinstance(each, kernel.Copy) for each in kernels)
         assert count(formulas.flops(kernels), self.shape, tokens=7) == 2 * 7 * self.shape.params
 
@@ -321,7 +324,8 @@ class TestLoweringsOfAGpu:
     )
     def test_own_kernels_take_the_fastest_of_their_tiles(self, operand_bytes_per_s: float, step_s: float) -> None:
         gpu = dataclasses.replace(PROFILE, tile=64, units=10, bandwidth_bytes_per_s=1e18)
-        shape = MonarchShape(2048, 2048, 2, 2, rank=160)  # a first half of 2 x (128, 1024) @ (1024, 320)
+        # a first half of 2 x (128, 1024) @ (1024, 320), and an unaligned second one, which is a library's
+        shape = MonarchShape(2048, 2056, 2, 2, rank=160)
         taken, nothing = (
             monarch_seconds(
                 dataclasses.replace(gpu, kernel_efficiency=efficiency, kernel_operand_bytes_per_s=rate),
@@ -332,6 +336,27 @@ class TestLoweringsOfAGpu:
             for efficiency, rate in ((0.5, operand_bytes_per_s), (1e9, 1e30))
         )
         assert taken - nothing == pytest.approx(10 * 1024 * step_s, rel=1e-6)
+
+    def test_sums_in_parts_by_hand(self) -> None:
+        shape = MonarchShape(30, 20, 2, 3, rank=5)  # p = 10
+        sums, total = formulas.first_half("own")
+        for splits in (1, 4):
+            assert count(sums.flops + total.flops, shape, tokens=7, splits=splits) == 2 * 7 * 3 * 10 * 2 * 5
+        assert count(total.bytes_moved, shape, tokens=7, dtype_bytes=2, splits=4) == (4 * 4 + 2) * 3 * 7 * 2 * 5
+        assert count(total.bytes_moved, shape, tokens=7, dtype_bytes=2, splits=1) == 0
+        assert total.seconds.subs(symbols.splits, 1) == 0
+
+    def test_long_sums_of_few_tokens_cost_less_in_parts(self) -> None:
+        """Columns as few as that leave most units idle."""
+        h200, shape = SHIPPED["h200"], MonarchShape(14336, 4096, 1, 1, 784)
+        for tokens, tile in ((4, choice.SKINNY), (64, choice.PLAIN_NARROW)):
+            width, p, units = shape.rank, shape.p, h200.units
+            assert choice.first_tile(tokens, width, 1, p, units, described=False) == tile
+            assert choice.splits(tile, tokens, width, 1, p, units) > 1
+            in_parts = monarch_seconds(h200, tokens, shape, dtype="bfloat16")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(choice, "splits", lambda *sizes: 1)
+                assert in_parts < 0.7 * monarch_seconds(h200, tokens, shape, dtype="bfloat16")
 
     def test_gradients_of_factors_by_hand(self) -> None:
         shape = MonarchShape(30, 20, 2, 3, rank=5)  # p = 10, s = 10

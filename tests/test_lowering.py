@@ -118,24 +118,28 @@ def test_unknown_numbers_of_tokens_are_the_operators() -> None:
         close(found, expected)
 
 
-# whether the first half is a kernel: that of a column of blocks is a library's product, that of a row, from 512 tokens
-# on, a batched one; of two rows two, where the rank is large
+# whether each half is a kernel: the first one of a column of blocks is a library's product where it fills the GPU,
+# that of a row, from 512 tokens on, a batched one; of two rows two, where the rank is large. Short second ones are, up
+# to 512 tokens
 @pytest.mark.parametrize(
-    ("tokens", "shape", "is_kernel"),
+    ("tokens", "shape", "are_kernels"),
     [
-        (65, ONE, True),
-        (70, (1, 3, 16, 24), False),
-        (70, (3, 1, 16, 24), True),
-        (520, (3, 1, 16, 24), False),
-        (520, THIRD, True),
-        (520, (3, 2, 272, 24), False),
+        (65, ONE, (True, True)),
+        (70, (1, 3, 16, 24), (True, True)),
+        (130, (1, 3, 16, 24), (False, True)),
+        (70, (1, 1, 272, 24), (False, False)),
+        (70, (3, 1, 16, 24), (True, True)),
+        (520, (3, 1, 16, 24), (False, False)),
+        (520, THIRD, (True, False)),
+        (520, (3, 2, 272, 24), (False, False)),
     ],
 )
 @pytest.mark.parametrize("biased", [False, True])
 def test_halves_of_many_tokens(
-    tokens: int, shape: tuple, is_kernel: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+    tokens: int, shape: tuple, are_kernels: tuple[bool, bool], biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "ROWS_FLOPS", 1e6)
+    monkeypatch.setattr(gpu, "units", lambda device: 8)
     x, (R,), (L,), (bias,) = operands(tokens, (shape,), (biased,))
     x = torch.cat([x, x])  # from the middle of which the product takes its rows
 
@@ -146,7 +150,8 @@ def test_halves_of_many_tokens(
 
     results, code = compiled(compute, x, R, L, bias)
     assert "torch.ops.monarch_fx_kernels" not in code
-    assert code.count(HALVES) == 2 * (is_kernel + (biased and shape[1] > 1))
+    first, second = are_kernels
+    assert code.count(HALVES) == 2 * (first + (second or (biased and shape[1] > 1)))
     for found, expected in zip(results, exact(compute, x, R, L, bias), strict=True):
         close(found, expected)
         assert found.stride() == expected.stride()

@@ -3,7 +3,8 @@
 A product is a list of kernels. Expressions are in ``symbols``: sizes of the product (``tokens`` rows for each of
 ``batch`` equal matrices), the bytes of its dtype, and the constants of a ``DeviceProfile``.
 
-A Monarch product runs with copies, without, or as one kernel: ``monarch``, ``without_copies``, ``fused``. A transpose
+A Monarch product runs with copies, as two halves without, or as one kernel: ``monarch``, ``first_half`` and
+``second_half``, ``fused``. A transpose
 that only renames dimensions costs nothing. Biases cost nothing by themselves: on both sides they are added in a kernel
 that writes the result anyway, and their gradients are the same sums.
 """
@@ -44,6 +45,7 @@ from monarch_fx.costs.symbols import (
     rank,
     s,
     several,
+    splits,
     tokens,
 )
 from monarch_fx.kernels.choice import FEW_TOKENS
@@ -104,44 +106,33 @@ def first_half_anew() -> tuple[Kernel, ...]:
     return (Product(nblocks_in, tokens, p, rank, launches=nblocks_out),)
 
 
-def without_copies(
-    first: str,
-    second: str,
-    first_aligned: bool = True,
-    second_aligned: bool = True,
-    first_whole: bool = True,
-    second_whole: bool = True,
-    splits: int = 1,
-) -> tuple[Kernel, ...]:
-    """Kernels of the product, forward, where each one writes what the next one reads, as on a GPU.
+def first_half(how: str, aligned: bool = True, whole: bool = True) -> tuple[Kernel, ...]:
+    """Kernels of a product's first half, forward, which write what the second one reads, as on a GPU.
 
     The gradient of the activations is the same product with the transposed matrix.
 
     Args:
-        first: ``"joined"``: one call, for a single column of blocks. ``"strided"``: one call for every row of
-            blocks. ``"own"``: a kernel of this library that stores block-transposed.
-        second: ``"library"``, ``"own"``, or ``"early"``, which is launched before the first half ends; ``"none"``: the
-            first half alone.
-        first_aligned: See ``Product``.
-        second_aligned: Likewise.
-        first_whole: Likewise.
-        second_whole: Likewise.
-        splits: Parts of the sums of an own first half; a second launch adds up several.
+        how: ``"joined"``: one call, for a single column of blocks. ``"strided"``: one call for every row of blocks.
+            ``"own"``: a kernel of this library that stores block-transposed; of sums in several parts another one adds
+            these up.
+        aligned: See ``Product``.
+        whole: Likewise.
     """
-    rows = {"aligned": first_aligned, "whole": first_whole}
-    firsts = {
-        "joined": Product(nblocks_in, tokens, p, nblocks_out * rank, launch=LIBRARY_S, **rows),
-        "strided": Product(nblocks_in, tokens, p, rank, launches=nblocks_out, launch=STRIDED_S, **rows),
-        "own": Product(nblocks_in * splits, tokens, p / splits, nblocks_out * rank, launch=OWN_S, own=True, **rows),
-    }
-    first_half: list[Kernel] = [firsts[first]]
-    if splits > 1:
-        first_half.append(Total(nblocks_in, tokens, nblocks_out * rank, splits))
-    if second == "none":
-        return tuple(first_half)
+    width = nblocks_out * rank
+    rows = {"aligned": aligned, "whole": whole}
+    if how == "joined":
+        return (Product(nblocks_in, tokens, p, width, launch=LIBRARY_S, **rows),)
+    if how == "strided":
+        return (Product(nblocks_in, tokens, p, rank, launches=nblocks_out, launch=STRIDED_S, **rows),)
+    parts = Product(nblocks_in * splits, tokens, p / splits, width, launch=OWN_S, own=True, **rows)
+    return parts, Total(nblocks_in, tokens, width)
+
+
+def second_half(how: str, aligned: bool = True, whole: bool = True) -> tuple[Kernel, ...]:
+    """The second half likewise: by a ``"library"``, an ``"own"`` kernel, or ``"early"``, by one that starts early."""
     launches = {"library": LIBRARY_S, "own": launch_s, "early": OWN_S}
-    rows = {"own": second != "library", "aligned": second_aligned, "whole": second_whole}
-    return *first_half, Product(nblocks_out, tokens, nblocks_in * rank, s, launch=launches[second], **rows)
+    rows = {"own": how != "library", "aligned": aligned, "whole": whole}
+    return (Product(nblocks_out, tokens, nblocks_in * rank, s, launch=launches[how], **rows),)
 
 
 def factor_gradients(first_aligned: bool = True, second_aligned: bool = True) -> tuple[Kernel, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -75,38 +74,48 @@ class Halves:
         return "own" if has_epilogue or self.in_tf32 else "library"
 
     def _halves(self, of: MonarchShape, second: str) -> Seconds:
-        """The lowering of many tokens, and that of few ones."""
+        return self._first_half(of) + (0 if second == "none" else self._second_half(of, second))
 
-        def many(first: str) -> Seconds:
-            return self.seconds(of, "without_copies", first, second, *self._are_aligned(of), *self._are_whole(of))
+    def _first_half(self, of: MonarchShape) -> Seconds:
+        n_in, n_out, width = of.nblocks_in, of.nblocks_out, of.nblocks_out * of.rank
+        rows, aligned = (self._are_aligned(of)[0], self._are_whole(of)[0]), is_aligned(ROW, of.p)
 
-        if of.nblocks_in == 1:
-            time_s = many("joined")
-        else:
-            time_s = many("own")
-            if self.in_tf32:
-                enough = choice.tf32_tokens(of.nblocks_out * of.rank, of.nblocks_in, self.units)
-                has_kernel = (self.rows >= enough) & (of.p % TF32_ROW == 0)
-                time_s = np.where(has_kernel, time_s, many("strided"))
-            elif of.p % ROW:
-                is_large = 2 * self.rows * of.in_features * of.nblocks_out * of.rank >= choice.STRIDED_FLOPS
-                time_s = np.where(is_large, many("strided"), time_s)
-            least = choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p)
-            if math.isfinite(least):
-                time_s = np.where(self.rows >= least, many("strided"), time_s)
-        for tokens in (choice.FEW_TOKENS, choice.AHEAD_TOKENS):
-            time_s = np.where(
-                self.rows <= tokens, self._few(of, "none" if second == "none" else "early", tokens), time_s
-            )
-        return time_s
+        def splits(tokens: int) -> int:
+            if tokens > choice.FEW_TOKENS and self.in_tf32:
+                return 1
+            described = tokens > choice.FEW_TOKENS and aligned
+            tile = choice.first_tile(tokens, width, n_in, of.p, self.units, described=described)
+            return choice.splits(tile, tokens, width, n_in, of.p, self.units)
 
-    def _few(self, of: MonarchShape, second: str, tokens: int) -> Seconds:
-        """Up to so many tokens, which are one tile."""
-        width = of.nblocks_out * of.rank
-        tile = choice.first_tile(tokens, width, of.nblocks_in, self.units, described=False)
-        splits = choice.splits(tile, tokens, width, of.nblocks_in, of.p, self.units)
-        aligned = is_aligned(2, of.p), is_aligned(2, of.s)
-        return self.seconds(of, "without_copies", "own", second, *aligned, True, True, splits)
+        parts = self._by_tokens(splits, 1)
+        few = self.seconds(of, "first_half", "own", is_aligned(2, of.p), splits=parts)
+        own = self.seconds(of, "first_half", "own", *rows, splits=parts)
+        by_library = self.seconds(of, "first_half", "joined" if n_in == 1 else "strided", *rows)
+        if self.in_tf32 and n_in > 1:
+            enough = choice.tf32_tokens(width, n_in, self.units)
+            own = np.where((self.rows >= enough) & (of.p % TF32_ROW == 0), own, by_library)
+        elif not aligned:
+            own = np.where(2 * self.rows * of.in_features * width >= choice.STRIDED_FLOPS, by_library, own)
+        least = choice.library_tokens(n_in, n_out, of.rank, of.p, self.units, 4 if self.in_tf32 else 2)
+        many = np.where(self.rows >= least, by_library, own)
+        return np.where(self.rows <= choice.FEW_TOKENS, few, many)
+
+    def _second_half(self, of: MonarchShape, how: str) -> Seconds:
+        rows = self._are_aligned(of)[1], self._are_whole(of)[1]
+        few = self.seconds(of, "second_half", "early", is_aligned(2, of.s))
+        many = self.seconds(of, "second_half", how, *rows)
+        if not self.in_tf32:
+            sizes = of.s, of.nblocks_in * of.rank, of.nblocks_out, self.units
+            is_own = self._by_tokens(lambda tokens: how == "own" or choice.is_own_second(tokens, *sizes), False)
+            many = np.where(is_own, self.seconds(of, "second_half", "early", *rows), many)
+        return np.where(self.rows <= choice.FEW_TOKENS, few, many)
+
+    def _by_tokens(self, found: Callable[[int], int], beyond: int) -> NDArray[np.int64]:
+        """What ``found`` says of as many tokens as there are tiles for, up to ``SOME_TOKENS``; ``beyond`` of more."""
+        each = choice.PLAIN.M
+        edges = [choice.AHEAD_TOKENS, *range(each, choice.SOME_TOKENS + 1, each)]
+        values = np.asarray([*(found(tokens) for tokens in edges), beyond])
+        return values[np.searchsorted(edges, self.rows)]
 
     def _are_aligned(self, of: MonarchShape) -> tuple[bool, bool]:
         """Whether rows of all operands of each half are."""

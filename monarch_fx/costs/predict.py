@@ -74,7 +74,7 @@ def dense_seconds(
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
     constants = _constants(profile, dtype)
-    sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype])
+    sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype], 1)
     on_gpu = has_kernels(profile, dtype, batch)
     seconds = _function("dense_on_gpu" if on_gpu else "dense", workload)(*sizes, *constants)
     if on_gpu and not is_aligned(ROW, in_features, out_features):
@@ -109,9 +109,9 @@ def monarch_seconds(
     constants = _constants(profile, dtype)
     rows = np.asarray(tokens)
 
-    def seconds(of: MonarchShape, structure: str, *lowering: str | int) -> Seconds:
+    def seconds(of: MonarchShape, structure: str, *lowering: str | int, splits: Tokens = 1) -> Seconds:
         sizes = (tokens, of.in_features, of.out_features, of.nblocks_out, of.nblocks_in, of.rank)
-        return _function(structure, *lowering)(*sizes, batch, DTYPE_BYTES[dtype], *constants)
+        return _function(structure, *lowering)(*sizes, batch, DTYPE_BYTES[dtype], splits, *constants)
 
     recomputed = workload == "training" and around.recomputed
     if not has_kernels(profile, dtype, batch):

@@ -2,8 +2,8 @@
 
 The rules were read off the times of every tile of this file on an H100, bfloat16, for 17 structures of 768 to 14336
 features at 16 to 16384 tokens, and for many tokens anew: 70 first halves, 324 second ones, 118 whole products
-(benchmarks/results/tiles-h100); one token's off pairs of both halves there, and few tokens' off 201 products
-(few-tokens-h100).
+(benchmarks/results/tiles-h100); one token's off pairs of both halves there, few tokens' off 201 products
+(few-tokens-h100), and those of up to ``SOME_TOKENS`` off 576 products on an H200 (some-tokens-h200).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-FEW_TOKENS = 64  # up to which reading the factors is most of the work, and the second half is a Triton kernel too
+FEW_TOKENS = 64  # up to which reading the factors is most of the work, and both halves are Triton kernels
+SOME_TOKENS = 512  # up to which it weighs that a library's kernels don't start early
 HELD_FIRST, HELD_SECOND = 96, 112  # registers of a thread that may hold its part of a factor; it needs ``MORE``
 MORE = 40
 AHEAD_TOKENS = 16  # of a tile, the fewest that tensor cores take
+AHEAD_FIRST_TERMS = 2048  # of a single first half's sums: longer ones are faster in parts
 AHEAD_TERMS = 640  # of a second half's sums: registers hold no more of the intermediate
 AHEAD_NUMBERS = 2**15  # of L for each program: most GPUs have 99 KB of shared memory for one
 REGISTERS = 65536  # of a unit
@@ -24,7 +26,11 @@ TOGETHER = 3  # products of the same few tokens in one launch
 ROW_TOKENS = 512  # from which a library is the faster one at the first half of a single row of blocks
 TERMS = 64  # that kernels for many tokens add up at once: sums between two multiples take as long as the longer one
 ROWS_FLOPS = 2e10  # of two rows of blocks from which it is
-SPLIT_TERMS = 1024  # of a part of a first half's sums, at least
+SPLIT_TERMS = 384  # of a part of a first half's sums, at least
+SPLIT_FROM = 1536  # terms, from which sums are cut
+MOST_SPLITS = 8
+SHARING_NUMBERS = 4096  # of x in a tile up to which two programs share a unit
+LONG_TERMS = 6144  # of a first half's sums
 WIDE_WAVE = 7 / 4  # of wide tiles, in waves of square ones
 SHALLOW = 256  # terms of a second half up to which it mostly stores
 SHARED = 5 / 4  # of other second halves, columns that are computed over columns that there are
@@ -74,17 +80,21 @@ SQUARE = Tile(128, 128, 64, 8, 4, 1)
 PAIRED = Tile(128, 128, 64, 4, 3, 2)
 GATED = Tile(128, 128, 64, 4, 2, 2)
 NARROW = Tile(128, 64, 64, 4, 4, 2)
+BROAD = Tile(64, 128, 64, 4, 4, 2)
 SMALL = Tile(64, 64, 64, 4, 5, 2)
 TF32 = Tile(128, 128, 32, 8, 4, 1)
 
 PLAIN_LARGE = Tile(128, 128, 64, 8, 3)
 PLAIN = Tile(64, 64, 64, 4, 4)
+PLAIN_BROAD = Tile(64, 128, 64, 4, 4)
+PLAIN_DEEP = Tile(64, 64, 64, 4, 6)
 PLAIN_NARROW = Tile(64, 32, 128, 4, 4)
+PLAIN_SHORT = Tile(64, 32, 64, 4, 6)
 PLAIN_THIN = Tile(64, 16, 128, 4, 4)
 SKINNY = Tile(16, 16, 128, 2, 5)
 SKINNY_SHORT = Tile(16, 32, 64, 4, 6)
 SKINNY_WIDE = Tile(16, 32, 128, 4, 4)
-SKINNY_WIDEST = Tile(16, 64, 128, 4, 3)
+SKINNY_WIDEST = Tile(16, 64, 64, 4, 6)
 
 
 @dataclass(frozen=True)
@@ -167,16 +177,18 @@ def ahead_tiles(
     columns = (Tile(M, N, 128, 4, 2, chunks=-(-depth // 128)) for N in (32, 64) if depth * N <= AHEAD_NUMBERS)
     first = next((tile for tile in rows if are_there(tile, width, n_in)), None)
     second = next((tile for tile in columns if are_there(tile, s, n_out)), None)
-    return (first, second) if first and second and depth <= AHEAD_TERMS else None
+    fits = (p <= AHEAD_FIRST_TERMS or len(width) > 1) and depth <= AHEAD_TERMS
+    return (first, second) if first and second and fits else None
 
 
-def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: bool) -> Tile:
+def first_tile(tokens: int, width: int, blocks: int, p: int, units: int, *, described: bool) -> Tile:
     """The tile of the first half: ``blocks`` products (tokens, p) @ (p, width).
 
     Args:
         tokens: Rows.
         width: ``nblocks_out * rank``.
         blocks: ``nblocks_in``.
+        p: Terms of the sums.
         units: Multiprocessors of the GPU.
         described: Whether tensor descriptors can be had.
     """
@@ -186,10 +198,15 @@ def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: b
 
     if tokens <= 16:
         return SKINNY_WIDE if tiles(SKINNY_WIDE) >= 2 else SKINNY
+    narrow = tiles(PLAIN_NARROW)
+    if tokens <= FEW_TOKENS and narrow < 0.15:
+        return PLAIN_THIN
     if tokens <= FEW_TOKENS:
-        return PLAIN_NARROW if tiles(PLAIN_NARROW) >= 0.5 else PLAIN_THIN
-    if tokens <= 256 and tiles(PLAIN_NARROW) < 1.1:
-        return PLAIN_NARROW
+        return PLAIN if p >= LONG_TERMS and narrow >= 0.33 else PLAIN_NARROW
+    if tokens <= SOME_TOKENS and narrow <= 2:
+        return SMALL if described and p >= 2 * SPLIT_FROM and narrow > 0.5 else PLAIN_NARROW
+    if tokens <= SOME_TOKENS and narrow <= 4 and described and p >= 2048:
+        return BROAD
     if not described:
         return PLAIN_LARGE if tiles(PLAIN_LARGE) >= 1 else PLAIN
     if tiles(WIDE) > 1 and _are_fewer_waves(tiles(WIDE), tiles(SQUARE)):
@@ -201,7 +218,7 @@ def first_tile(tokens: int, width: int, blocks: int, units: int, *, described: b
 
 
 def splits(tile: Tile, tokens: int, width: int, blocks: int, p: int, units: int) -> int:
-    """Into how many parts the sums of a first half are cut, whose tiles leave most units idle; 1: not at all.
+    """Into how many parts the sums of a first half are cut, whose tiles leave units idle; 1: not at all.
 
     Args:
         tile: As of ``first_tile``, as are the others.
@@ -211,9 +228,10 @@ def splits(tile: Tile, tokens: int, width: int, blocks: int, p: int, units: int)
         p: Terms of the sums.
         units: Multiprocessors of the GPU.
     """
-    if tile.per_unit or tokens > FEW_TOKENS:
+    if tokens > SOME_TOKENS or p < SPLIT_FROM:
         return 1
-    return max(1, min(units // tile.count(tokens, width, blocks), p // SPLIT_TERMS))
+    programs = units if tile.M * tile.K > SHARING_NUMBERS else 2 * units
+    return max(1, min(programs // tile.count(tokens, width, blocks), p // SPLIT_TERMS, MOST_SPLITS))
 
 
 def _are_fewer_waves(wide: float, square: float) -> bool:
@@ -250,9 +268,13 @@ def second_tile(
         return tile.count(tokens, s, blocks) / units
 
     if tokens <= 16:
-        return SKINNY_WIDEST if tiles(SKINNY_WIDEST) >= 1.5 else SKINNY_SHORT
-    if tokens <= FEW_TOKENS or (tokens <= 256 and tiles(PLAIN) < 1):
-        return PLAIN if tiles(PLAIN) >= 0.75 else PLAIN_NARROW
+        return SKINNY_WIDEST if tiles(SKINNY_WIDEST) >= 0.75 else SKINNY_SHORT
+    if tokens <= FEW_TOKENS:
+        if tiles(PLAIN_DEEP) >= 0.75:
+            return PLAIN_BROAD if tiles(PLAIN_DEEP) >= 1.5 else PLAIN_DEEP
+        return PLAIN_SHORT if depth <= 2 * SHALLOW else PLAIN_NARROW
+    if tokens <= SOME_TOKENS and tiles(PLAIN) <= 1.5:
+        return PLAIN if tiles(PLAIN) >= 0.5 else PLAIN_NARROW
 
     def fits(tile: Tile) -> bool:
         """Whether it stays in a block, and the last one there has enough results of its own."""
@@ -273,14 +295,31 @@ def second_tile(
     return NARROW if tiles(NARROW) >= 0.4 else SMALL
 
 
-def library_tokens(n_in: int, n_out: int, rank: int, p: int) -> float:
+def is_own_second(tokens: int, s: int, depth: int, blocks: int, units: int) -> bool:
+    """Whether a second half of many tokens, without an epilogue, is faster than a library's; arguments as above.
+
+    Short ones are, of which it weighs that they start early; and longer ones that are one full wave of wide tiles. A
+    library cuts the sums of a single block into parts.
+    """
+    if tokens > SOME_TOKENS or s % 8 or depth % 8:
+        return False
+    if blocks == 1:
+        return depth <= SHALLOW
+    is_full_wave = 0.75 <= WIDE.count(tokens, s, blocks) / units <= 1
+    return depth <= (4 if is_full_wave else 2) * SHALLOW
+
+
+def library_tokens(n_in: int, n_out: int, rank: int, p: int, units: int, itemsize: int) -> float:
     """From how many tokens a library runs the first half; infinity: never.
 
     With one column of blocks, or one row, there is nothing to transpose. Two rows are a call each: that pays where
     products are large, and only a part of the last tile of columns is left.
     """
-    if n_in == 1:
+    if n_in == 1 and (p % 8 or p > 4096 or itemsize > 2):
         return FEW_TOKENS + 1
+    if n_in == 1:  # few columns leave units idle, which own kernels can't do without either
+        rows = PLAIN_NARROW.M * (units // (2 * PLAIN_NARROW.count(1, n_out * rank, 1)))
+        return min(max(rows, FEW_TOKENS), SOME_TOKENS) + 1
     if p % 8:
         return math.inf
     if n_out == 2 and rank >= WIDE.N and n_out * rank % WIDE.N:

@@ -237,7 +237,7 @@ def first_launch_together(
     n_in, n_out, rank, p = zip(*factors, strict=True)
     width = [a * b for a, b in zip(n_out, rank, strict=True)]
     columns = sum(a * b for a, b in zip(width, n_in, strict=True))
-    tile = at_once or first_tile(tokens, columns, 1, launch.units(device), described=False)
+    tile = at_once or first_tile(tokens, columns, 1, max(p), launch.units(device), described=False)
     even = [a % tile.K == 0 and b % tile.N == 0 for a, b in zip(p, width, strict=True)]
     programs = sum(triton.cdiv(a, tile.N) * b for a, b in zip(width, n_in, strict=True))
     row, parts = in_parts(dtype, stride_x, *filled(p), *filled(width), *filled(rank))

@@ -30,9 +30,11 @@ from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import padding, reference
 from monarch_fx.kernels.choice import (
     FEW_TOKENS,
+    SOME_TOKENS,
     TOGETHER,
     are_summed_apart,
     fused_tokens,
+    is_own_second,
     library_tokens,
 )
 
@@ -158,15 +160,11 @@ def _is_open(x: Tensor, R: Tensor, L: Tensor) -> bool:
     So is low rank without an epilogue, where tokens are known to be many.
     """
     n_in, n_out, rank, _ = R.shape
-    if not (n_in == n_out == 1 and padding.is_aligned(rank) and _are_many(x)):
+    are_many = statically_known_true(x.shape[0] > SOME_TOKENS)  # without a guard where their number is symbolic
+    if not (n_in == n_out == 1 and padding.is_aligned(rank) and are_many):
         return False
     least = one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
     return math.isinf(least) or not statically_known_true(x.shape[0] >= least)
-
-
-def _are_many(rows: Tensor) -> bool:
-    """Without a guard where their number is symbolic."""
-    return bool(statically_known_true(rows.shape[0] > FEW_TOKENS))
 
 
 def _differentiable(
@@ -189,7 +187,7 @@ def products_together(
         x, R, L = x.to(dtype), [factor.to(dtype) for factor in R], [factor.to(dtype) for factor in L]
         biases = [bias if bias is None else bias.to(dtype) for bias in biases]
     rows = x.reshape(-1, x.shape[-1])
-    if _are_many(rows):
+    if statically_known_true(rows.shape[0] > FEW_TOKENS):
         if gated is None:
             return [products(x, *operands, None, "none") for operands in zip(R, L, biases, strict=True)]
         gate = products(x, R[0], L[0], biases[0], None, "none")
@@ -259,7 +257,7 @@ def first_half(x: Tensor, R: Tensor) -> Tensor:
     """The intermediate (n_out, tokens, n_in * rank)."""
     n_in, n_out, rank, p = R.shape
     tokens, t = len(x), _intermediate(x, R)
-    by_library = tokens >= library_tokens(n_in, n_out, rank, p)
+    by_library = tokens >= library_tokens(n_in, n_out, rank, p, units(x.device), x.dtype.itemsize)
     if tokens == 0 or (not by_library and _ran("the first half", "launch.first_half", x, R, t)):
         return t
     if n_in == 1:
@@ -279,7 +277,8 @@ def first_half_by_rows(x: Tensor, R: Tensor, *, out: Tensor) -> None:
 def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
     """Writes ``y`` (tokens, n_out * s)."""
     n_out = L.shape[0]
-    suits = t.shape[1] <= FEW_TOKENS or is_second_kernel(t.dtype, n_out, bias is not None, activation, gate is not None)
+    kinds = bias is not None, activation, gate is not None
+    suits = is_second_kernel(t.dtype, t.device, t.shape[1], L.shape, *kinds)
     if suits and _ran("the second half", "launch.second_half", t, L, y, bias, gate, activation):
         return
     if n_out == 1 and bias is not None:
@@ -296,13 +295,30 @@ def one_kernel_tokens(dtype: torch.dtype, device: torch.device, R: Sequence[int]
     """From how many tokens one kernel runs the whole product with factors of these sizes; infinity: never."""
     triton = _triton() if device.type == "cuda" and dtype in HALF else None
     n_in, n_out, rank, p = R
-    return math.inf if triton is None else fused_tokens(n_in, n_out, rank, p, L[3], triton.launch.units(device))
+    return math.inf if triton is None else fused_tokens(n_in, n_out, rank, p, L[3], units(device))
 
 
-def is_second_kernel(dtype: torch.dtype, n_out: int, has_bias: bool, activation: str, has_gate: bool) -> bool:
-    """Whether the second half of many tokens is a Triton kernel: where a library's would take a pass more."""
+def is_second_kernel(
+    dtype: torch.dtype,
+    device: torch.device,
+    tokens: int,
+    L: Sequence[int],
+    has_bias: bool,
+    activation: str,
+    has_gate: bool,
+) -> bool:
+    """Whether the second half is a Triton kernel: where a library's would take a pass more, or longer."""
+    n_out, n_in, rank, s = L
+    if tokens <= FEW_TOKENS or dtype not in HALF:
+        return tokens <= FEW_TOKENS
     is_plain = not has_gate and activation == "none" and (not has_bias or n_out == 1)
-    return not is_plain and dtype in HALF
+    return not is_plain or is_own_second(tokens, s, n_in * rank, n_out, units(device))
+
+
+def units(device: torch.device) -> int:
+    """Multiprocessors of a GPU that these kernels run on, else 1."""
+    triton = _triton() if device.type == "cuda" else None
+    return 1 if triton is None else triton.launch.units(device)
 
 
 _failed: set[tuple[Any, ...]] = set()

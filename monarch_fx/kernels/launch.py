@@ -35,7 +35,8 @@ from monarch_fx.kernels.choice import (
 
 INTERPRETED = triton.knobs.runtime.interpret
 FUSED_N, FUSED_K = 64, 64
-TOTAL_M, TOTAL_N = 16, 64  # of a program that adds up parts of sums
+TOTAL_M, TOTAL_N = 16, 64  # of a program that adds up parts of sums; twice the columns
+TOTAL_LARGE = 2**18  # from so many sums on
 ALIGNED = 16  # bytes, of whatever a tensor descriptor describes, and of what Triton compiles wide loads for
 REMEMBERED = 4096  # launches, of all layers' sizes and numbers of tokens
 
@@ -190,15 +191,18 @@ def first_launch(
     described = aligned and _describable(dtype, device, stride_x, p)
     if 2 * tokens * n_in * width * p >= STRIDED_FLOPS and not described:  # cuBLAS is faster than plain tiles
         return None
-    are_many = tokens > FEW_TOKENS
+    are_many, count = tokens > FEW_TOKENS, 1
     if are_many and dtype == torch.float32:
         if not described or tokens < tf32_tokens(width, n_in, units(device)):
             return None
         tile = TF32
     else:
-        tile = first_tile(tokens, width, n_in, units(device), described=described and are_many)
+        tile = first_tile(tokens, width, n_in, p, units(device), described=described and are_many)
+        count = splits(tile, tokens, width, n_in, p, units(device))
         tile = tile.holding(dtype.itemsize)
     strides = strides_t[1], strides_t[0]
+    t_row, written = in_parts(dtype, width, rank, *strides)
+    sums = n_in * count * tokens * width
     options = tile_options(tile, device)
     if tile.per_unit:
         most = tile.per_unit * units(device)  # a constant: one that went with the tokens would compile anew for each
@@ -206,22 +210,22 @@ def first_launch(
             0: ([tokens, n_in * p], [stride_x, 1], [tile.M, tile.K]),
             1: ([n_in, width, p], [width * p, p, 1], [1, tile.N, tile.K]),
         }
-        options |= {"N_IN": n_in, "UNITS": most}
-        walkers = min(tile.count(tokens, width, n_in), most)
-        row, parts = in_parts(dtype, width, rank, *strides)
-        return Launch(persistent.first, (walkers,), layouts, (tokens, p, *parts), {**options, "ROW": row}, aligned)
-    count = splits(tile, tokens, width, n_in, p, units(device))
-    grid = triton.cdiv(width, tile.N), n_in * count, triton.cdiv(tokens, tile.M)
-    options["EVEN"] = p % tile.K == 0 and width % tile.N == 0
-    (row, read), (t_row, written) = in_parts(dtype, p, stride_x), in_parts(dtype, width, rank, *strides)
-    options |= {"ROW": row, "T_ROW": t_row}
-    if count == 1:
-        return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
-    some = Launch(split.first, grid, {}, (tokens, *read, written[0], count), options, aligned)
-    options = {"M": TOTAL_M, "N": TOTAL_N, "ROW": t_row, **early(device)}
-    grid = triton.cdiv(width, TOTAL_N), n_in, triton.cdiv(tokens, TOTAL_M)
-    total = Launch(split.total, grid, {}, (tokens, *written, count), options, aligned)
-    return SplitLaunch(some, total, n_in * count * tokens * width)
+        options |= {"N_IN": n_in, "UNITS": most, "ROW": t_row}
+        walkers = (min(tile.count(tokens, width, n_in * count), most),)
+        if count == 1:
+            return Launch(persistent.first, walkers, layouts, (tokens, p, *written), options, aligned)
+        some = Launch(split.described, walkers, layouts, (tokens, p, written[0], count), options, aligned)
+    else:
+        grid = triton.cdiv(width, tile.N), n_in * count, triton.cdiv(tokens, tile.M)
+        row, read = in_parts(dtype, p, stride_x)
+        options |= {"EVEN": p % tile.K == 0 and width % tile.N == 0, "ROW": row, "T_ROW": t_row}
+        if count == 1:
+            return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
+        some = Launch(split.first, grid, {}, (tokens, *read, written[0], count), options, aligned)
+    N = TOTAL_N if tokens * width * n_in < TOTAL_LARGE else 2 * TOTAL_N
+    options = {"M": TOTAL_M, "N": N, "SPLITS": count, "ROW": t_row, **early(device)}
+    grid = triton.cdiv(width, N), n_in, triton.cdiv(tokens, TOTAL_M)
+    return SplitLaunch(some, Launch(split.total, grid, {}, (tokens, *written), options, aligned), sums)
 
 
 @functools.lru_cache(REMEMBERED)

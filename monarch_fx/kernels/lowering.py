@@ -122,14 +122,14 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
     if tokens >= padding.PADDED_TOKENS and not padding.is_aligned(rank):
         return None
     kinds = bias is not None, activation, gate is not None
-    is_kernel = gpu.is_second_kernel(dtype, n_out, *kinds)
+    is_kernel = gpu.is_second_kernel(dtype, x.get_device(), tokens, shapes[2], *kinds)
     if not is_kernel and (gate is not None or activation != "none" or (bias is not None and n_out > 1)):
         return None
     depth, about = n_in * rank, (_name(dtype), str(x.get_device()))
     strides = (tokens * depth, depth, 1) if n_in > 1 else (rank, n_out * rank, 1)
     x, R, L, *extra = (_contiguous(operand) for operand in (x, R, L, *extra))
     first = emitted.Half(True, tokens, (n_in, n_out, rank, p), strides, (False, "none", False), *about)
-    if tokens < library_tokens(n_in, n_out, rank, p):
+    if tokens < library_tokens(n_in, n_out, rank, p, gpu.units(x.get_device()), dtype.itemsize):
         if emitted.prepared_half(repr(tuple(first))) is None:
             return None
         t = _call(HALF_CALL, [x, R], [n_out, tokens, depth], strides, half=repr(tuple(first)))

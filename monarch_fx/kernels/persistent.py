@@ -57,11 +57,7 @@ def first(
         k, row, column = place(tile, tiles_m, tiles_n)
         own = column * N  # before it are columns of the tile before
         row, column = begin(row, M, tokens), begin(column, N, width)
-        acc = tl.zeros((M, N), tl.float32)
-        for c in range(0, p, K):
-            a = x_desc.load([row, k * p + c])
-            b = r_desc.load([k, column, c]).reshape(N, K)
-            acc = tl.dot(a, b.T, acc)
+        acc = first_sums(x_desc, r_desc, row, column, k, 0, p, p, M, N, K)
         n = column + tl.arange(0, N)  # over j and i
         m = row + tl.arange(0, M)
         to = t_ptr + (n // rank)[None, :].to(tl.int64) * stride_j
@@ -69,6 +65,17 @@ def first(
         tl.store(
             to, acc.to(t_ptr.dtype.element_ty), mask=(m[:, None] < tokens) & (own <= n[None, :]) & (n[None, :] < width)
         )
+
+
+@triton.jit
+def first_sums(x_desc, r_desc, row, column, k, start, end, p, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
+    """The terms from ``start`` up to ``end`` of a tile of ``first``."""
+    acc = tl.zeros((M, N), tl.float32)
+    for c in range(start, end, K):
+        a = x_desc.load([row, k * p + c])
+        b = r_desc.load([k, column, c]).reshape(N, K)
+        acc = tl.dot(a, b.T, acc)
+    return acc
 
 
 @triton.jit
