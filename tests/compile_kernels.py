@@ -55,7 +55,8 @@ def compiled(
     """Bytes of shared memory."""
     kinds = {}
     for name in kernel.arg_names:
-        kinds[name] = "constexpr" if name in constants else f"*{number}" if name.endswith("_ptr") else "i32"
+        pointer = "*fp32" if name == "sums_ptr" else f"*{number}" if name.endswith("_ptr") else "i32"
+        kinds[name] = "constexpr" if name in constants else pointer
     kinds |= descriptors
     others = {*constants, *descriptors, *(filter(PARTS.fullmatch, kernel.arg_names) if "ROW" in constants else ())}
     numbers = [i for i, name in enumerate(kernel.arg_names) if name not in others]
@@ -184,7 +185,7 @@ def kernels_of_parts(arch: int) -> Iterator[tuple[str, int]]:
     sizes = itertools.product(TOKENS, COLUMNS, BLOCKS, TERMS, (False, new))
     tiles_of = ((choice.first_tile(*size, UNITS, described=described), size) for *size, described in sizes)
     for tile in {tile for tile, size in tiles_of if choice.splits(tile, *size, UNITS) > 1}:
-        constants = {"M": tile.M, "N": tile.N, "K": tile.K, **early}
+        constants = {"M": tile.M, "N": tile.N, "K": tile.K, "SPLITS": choice.MOST_SPLITS, **early}
         if tile.per_unit:
             constants |= {"N_IN": 2, "UNITS": UNITS}
             blocks = {"x_desc": block(tile.M, tile.K), "r_desc": block(1, tile.N, tile.K)}

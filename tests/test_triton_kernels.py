@@ -75,8 +75,8 @@ SPLIT = [
     ((30, 1, 1, 16, 3080, 24), choice.PLAIN_THIN, 8),
     ((100, 2, 1, 48, 2048, 72), choice.PLAIN_NARROW, 2),
     ((100, 2, 1, 96, 3080, 72), choice.SMALL, 4),
-    ((300, 1, 2, 168, 2048, 72), choice.BROAD, 2),
-    ((40, 2, 2, 24, 1528, 24), choice.PLAIN_NARROW, 1),
+    ((300, 1, 2, 168, 3072, 72), choice.BROAD, 2),
+    ((40, 2, 2, 24, 1528, 24), choice.PLAIN_THIN, 1),
     ((2, 2, 2, 500, 2048, 24), choice.SKINNY_WIDE, 1),
 ]
 TILES = [tile for tile in vars(choice).values() if isinstance(tile, choice.Tile)]

@@ -114,8 +114,9 @@ class Halves:
         """What ``found`` says of as many tokens as there are tiles for, up to ``SOME_TOKENS``; ``beyond`` of more."""
         each = choice.PLAIN.M
         edges = [choice.AHEAD_TOKENS, *range(each, choice.SOME_TOKENS + 1, each)]
-        values = np.asarray([*(found(tokens) for tokens in edges), beyond])
-        return values[np.searchsorted(edges, self.rows)]
+        which, of = np.unique(np.searchsorted(edges, self.rows), return_inverse=True)
+        values = [found(edges[i]) if i < len(edges) else beyond for i in which.tolist()]
+        return np.asarray(values)[of].reshape(self.rows.shape)
 
     def _are_aligned(self, of: MonarchShape) -> tuple[bool, bool]:
         """Whether rows of all operands of each half are."""

@@ -3,7 +3,7 @@
 The rules were read off the times of every tile of this file on an H100, bfloat16, for 17 structures of 768 to 14336
 features at 16 to 16384 tokens, and for many tokens anew: 70 first halves, 324 second ones, 118 whole products
 (benchmarks/results/tiles-h100); one token's off pairs of both halves there, few tokens' off 201 products
-(few-tokens-h100), and those of up to ``SOME_TOKENS`` off 576 products on an H200 (some-tokens-h200).
+(few-tokens-h100), and those of 17 to ``SOME_TOKENS`` off 996 products on an H200 (some-tokens-h200).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 FEW_TOKENS = 64  # up to which reading the factors is most of the work, and both halves are Triton kernels
-SOME_TOKENS = 512  # up to which it weighs that a library's kernels don't start early
+SOME_TOKENS = 2048  # up to which it weighs that a library's kernels don't start early
 HELD_FIRST, HELD_SECOND = 96, 112  # registers of a thread that may hold its part of a factor; it needs ``MORE``
 MORE = 40
 AHEAD_TOKENS = 16  # of a tile, the fewest that tensor cores take
-AHEAD_FIRST_TERMS = 2048  # of a single first half's sums: longer ones are faster in parts
+AHEAD_FIRST_TERMS = 2048  # of a single first half's sums: longer ones are faster in parts, if they are cut
 AHEAD_TERMS = 640  # of a second half's sums: registers hold no more of the intermediate
 AHEAD_NUMBERS = 2**15  # of L for each program: most GPUs have 99 KB of shared memory for one
 REGISTERS = 65536  # of a unit
@@ -90,6 +90,7 @@ PLAIN_BROAD = Tile(64, 128, 64, 4, 4)
 PLAIN_DEEP = Tile(64, 64, 64, 4, 6)
 PLAIN_NARROW = Tile(64, 32, 128, 4, 4)
 PLAIN_SHORT = Tile(64, 32, 64, 4, 6)
+PLAIN_TALL = Tile(128, 64, 64, 4, 4)
 PLAIN_THIN = Tile(64, 16, 128, 4, 4)
 SKINNY = Tile(16, 16, 128, 2, 5)
 SKINNY_SHORT = Tile(16, 32, 64, 4, 6)
@@ -177,8 +178,11 @@ def ahead_tiles(
     columns = (Tile(M, N, 128, 4, 2, chunks=-(-depth // 128)) for N in (32, 64) if depth * N <= AHEAD_NUMBERS)
     first = next((tile for tile in rows if are_there(tile, width, n_in)), None)
     second = next((tile for tile in columns if are_there(tile, s, n_out)), None)
-    fits = (p <= AHEAD_FIRST_TERMS or len(width) > 1) and depth <= AHEAD_TERMS
-    return (first, second) if first and second and fits else None
+    if not (first and second and depth <= AHEAD_TERMS):
+        return None
+    sizes = M, width[0], n_in[0], p, units
+    is_cut = len(width) == 1 and splits(first_tile(*sizes, described=False), *sizes) > 1
+    return None if is_cut and p > AHEAD_FIRST_TERMS else (first, second)
 
 
 def first_tile(tokens: int, width: int, blocks: int, p: int, units: int, *, described: bool) -> Tile:
@@ -199,14 +203,16 @@ def first_tile(tokens: int, width: int, blocks: int, p: int, units: int, *, desc
     if tokens <= 16:
         return SKINNY_WIDE if tiles(SKINNY_WIDE) >= 2 else SKINNY
     narrow = tiles(PLAIN_NARROW)
-    if tokens <= FEW_TOKENS and narrow < 0.15:
-        return PLAIN_THIN
     if tokens <= FEW_TOKENS:
+        if narrow < (0.5 if p < SPLIT_FROM else 0.15):
+            return PLAIN_THIN
         return PLAIN if p >= LONG_TERMS and narrow >= 0.33 else PLAIN_NARROW
     if tokens <= SOME_TOKENS and narrow <= 2:
-        return SMALL if described and p >= 2 * SPLIT_FROM and narrow > 0.5 else PLAIN_NARROW
-    if tokens <= SOME_TOKENS and narrow <= 4 and described and p >= 2048:
-        return BROAD
+        if described and p >= 2 * SPLIT_FROM and narrow > 0.5:
+            return SMALL
+        return PLAIN_DEEP if p < SPLIT_FROM and narrow > 1 else PLAIN_NARROW
+    if tokens <= SOME_TOKENS and narrow <= 4 and described:
+        return BROAD if p >= 2 * SPLIT_FROM else SMALL
     if not described:
         return PLAIN_LARGE if tiles(PLAIN_LARGE) >= 1 else PLAIN
     if tiles(WIDE) > 1 and _are_fewer_waves(tiles(WIDE), tiles(SQUARE)):
@@ -273,8 +279,10 @@ def second_tile(
         if tiles(PLAIN_DEEP) >= 0.75:
             return PLAIN_BROAD if tiles(PLAIN_DEEP) >= 1.5 else PLAIN_DEEP
         return PLAIN_SHORT if depth <= 2 * SHALLOW else PLAIN_NARROW
-    if tokens <= SOME_TOKENS and tiles(PLAIN) <= 1.5:
+    if tokens <= SOME_TOKENS and tiles(PLAIN) <= 1:
         return PLAIN if tiles(PLAIN) >= 0.5 else PLAIN_NARROW
+    if tokens <= SOME_TOKENS and tiles(PLAIN) <= 2 and depth <= SHALLOW and not gated:
+        return PLAIN_TALL
 
     def fits(tile: Tile) -> bool:
         """Whether it stays in a block, and the last one there has enough results of its own."""
@@ -288,6 +296,8 @@ def second_tile(
         return GATED if depth <= SHALLOW else SQUARE
     if activated and depth <= SHALLOW:  # mostly epilogue: two programs in turn compute and store
         return NARROW
+    if tokens <= SOME_TOKENS and depth <= SHALLOW and fits(BROAD):
+        return BROAD
     if fits(WIDE) and _are_fewer_waves(tiles(WIDE), tiles(SQUARE)):
         return WIDE
     if fits(SQUARE) and tiles(SQUARE) >= 1:
@@ -298,10 +308,11 @@ def second_tile(
 def is_own_second(tokens: int, s: int, depth: int, blocks: int, units: int) -> bool:
     """Whether a second half of many tokens, without an epilogue, is faster than a library's; arguments as above.
 
-    Short ones are, of which it weighs that they start early; and longer ones that are one full wave of wide tiles. A
-    library cuts the sums of a single block into parts.
+    Short ones are, where it weighs that they start early: they are few waves; and longer ones that are one full wave of
+    wide tiles. A library cuts the sums of a single block into parts.
     """
-    if tokens > SOME_TOKENS or s % 8 or depth % 8:
+    waves = PLAIN.count(tokens, s, blocks) / units
+    if tokens > SOME_TOKENS or s % 8 or depth % 8 or waves > 8:
         return False
     if blocks == 1:
         return depth <= SHALLOW
@@ -318,7 +329,8 @@ def library_tokens(n_in: int, n_out: int, rank: int, p: int, units: int, itemsiz
     if n_in == 1 and (p % 8 or p > 4096 or itemsize > 2):
         return FEW_TOKENS + 1
     if n_in == 1:  # few columns leave units idle, which own kernels can't do without either
-        rows = PLAIN_NARROW.M * (units // (2 * PLAIN_NARROW.count(1, n_out * rank, 1)))
+        programs = units if p < SPLIT_FROM else units // 2
+        rows = PLAIN_NARROW.M * (programs // PLAIN_NARROW.count(1, n_out * rank, 1))
         return min(max(rows, FEW_TOKENS), SOME_TOKENS) + 1
     if p % 8:
         return math.inf

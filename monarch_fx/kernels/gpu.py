@@ -312,7 +312,13 @@ def is_second_kernel(
     if tokens <= FEW_TOKENS or dtype not in HALF:
         return tokens <= FEW_TOKENS
     is_plain = not has_gate and activation == "none" and (not has_bias or n_out == 1)
-    return not is_plain or is_own_second(tokens, s, n_in * rank, n_out, units(device))
+    return not is_plain or (_starts_early(device) and is_own_second(tokens, s, n_in * rank, n_out, units(device)))
+
+
+def _starts_early(device: torch.device) -> bool:
+    """Whether a kernel can start before the one in front of it has ended; on a CPU as on such a GPU."""
+    triton = _triton() if device.type == "cuda" else None
+    return triton is None or bool(triton.launch.has_hopper_features(device))
 
 
 def units(device: torch.device) -> int:

@@ -214,14 +214,16 @@ def first_launch(
         walkers = (min(tile.count(tokens, width, n_in * count), most),)
         if count == 1:
             return Launch(persistent.first, walkers, layouts, (tokens, p, *written), options, aligned)
-        some = Launch(split.described, walkers, layouts, (tokens, p, written[0], count), options, aligned)
+        options["SPLITS"] = count
+        some = Launch(split.described, walkers, layouts, (tokens, p, written[0]), options, aligned)
     else:
         grid = triton.cdiv(width, tile.N), n_in * count, triton.cdiv(tokens, tile.M)
         row, read = in_parts(dtype, p, stride_x)
         options |= {"EVEN": p % tile.K == 0 and width % tile.N == 0, "ROW": row, "T_ROW": t_row}
         if count == 1:
             return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
-        some = Launch(split.first, grid, {}, (tokens, *read, written[0], count), options, aligned)
+        options["SPLITS"] = count
+        some = Launch(split.first, grid, {}, (tokens, *read, written[0]), options, aligned)
     N = TOTAL_N if tokens * width * n_in < TOTAL_LARGE else 2 * TOTAL_N
     options = {"M": TOTAL_M, "N": N, "SPLITS": count, "ROW": t_row, **early(device)}
     grid = triton.cdiv(width, N), n_in, triton.cdiv(tokens, TOTAL_M)
