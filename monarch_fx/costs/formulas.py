@@ -48,14 +48,16 @@ from monarch_fx.costs.symbols import (
     splits,
     tokens,
 )
-from monarch_fx.kernels.choice import FEW_TOKENS
+from monarch_fx.kernels.choice import SOME_TOKENS
 from monarch_fx.kernels.padding import ROW
 
-# What launches cost on a GPU, a library's and this one's: first-halves-gpu, and where choices of layers-gpu were best
-_IS_MANY = at_least_one(Max(0, tokens - FEW_TOKENS))
+# What launches cost on a GPU, a library's and this one's: first-halves-gpu, and where choices of layers-gpu were best.
+# Second halves that start early gain less where they are more than a wave.
+_IS_MANY = at_least_one(Max(0, tokens - SOME_TOKENS))
 LIBRARY_S = launch_s * (1 - 0.13 * _IS_MANY)
 STRIDED_S = launch_s * 0.58  # of many tokens
 OWN_S = kernel_launch_s * (1 + 0.24 * _IS_MANY)
+EARLY_S = kernel_launch_s * (1 + 0.24 * at_least_one(Max(0, tokens - 512)))
 
 
 def dense(workload: str = "inference") -> tuple[Kernel, ...]:
@@ -130,7 +132,7 @@ def first_half(how: str, aligned: bool = True, whole: bool = True) -> tuple[Kern
 
 def second_half(how: str, aligned: bool = True, whole: bool = True) -> tuple[Kernel, ...]:
     """The second half likewise: by a ``"library"``, an ``"own"`` kernel, or ``"early"``, by one that starts early."""
-    launches = {"library": LIBRARY_S, "own": launch_s, "early": OWN_S}
+    launches = {"library": LIBRARY_S, "own": launch_s, "early": EARLY_S}
     rows = {"own": how != "library", "aligned": aligned, "whole": whole}
     return (Product(nblocks_out, tokens, nblocks_in * rank, s, launch=launches[how], **rows),)
 
