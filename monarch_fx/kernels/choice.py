@@ -3,7 +3,7 @@
 The rules were read off the times of every tile of this file on an H100, bfloat16, for 17 structures of 768 to 14336
 features at 16 to 16384 tokens, and for many tokens anew: 70 first halves, 324 second ones, 118 whole products
 (benchmarks/results/tiles-h100); one token's off pairs of both halves there, few tokens' off 201 products
-(few-tokens-h100), and those of 17 to ``SOME_TOKENS`` off 996 products on an H200 (some-tokens-h200).
+(few-tokens-h100), and what changes up to ``SOME_TOKENS`` off 996 products on an H200 (some-tokens-h200).
 """
 
 from __future__ import annotations
@@ -328,7 +328,7 @@ def library_tokens(n_in: int, n_out: int, rank: int, p: int, units: int, itemsiz
     """
     if n_in == 1 and (p % 8 or p > 4096 or itemsize > 2):
         return FEW_TOKENS + 1
-    if n_in == 1:  # few columns leave units idle, which own kernels can't do without either
+    if n_in == 1:  # as long as a library's tiles leave units idle, small ones, or parts of sums, are faster
         programs = units if p < SPLIT_FROM else units // 2
         rows = PLAIN_NARROW.M * (programs // PLAIN_NARROW.count(1, n_out * rank, 1))
         return min(max(rows, FEW_TOKENS), SOME_TOKENS) + 1

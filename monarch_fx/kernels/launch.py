@@ -202,7 +202,6 @@ def first_launch(
         tile = tile.holding(dtype.itemsize)
     strides = strides_t[1], strides_t[0]
     t_row, written = in_parts(dtype, width, rank, *strides)
-    sums = n_in * count * tokens * width
     options = tile_options(tile, device)
     if tile.per_unit:
         most = tile.per_unit * units(device)  # a constant: one that went with the tokens would compile anew for each
@@ -227,7 +226,8 @@ def first_launch(
     N = TOTAL_N if tokens * width * n_in < TOTAL_LARGE else 2 * TOTAL_N
     options = {"M": TOTAL_M, "N": N, "SPLITS": count, "ROW": t_row, **early(device)}
     grid = triton.cdiv(width, N), n_in, triton.cdiv(tokens, TOTAL_M)
-    return SplitLaunch(some, Launch(split.total, grid, {}, (tokens, *written), options, aligned), sums)
+    total = Launch(split.total, grid, {}, (tokens, *written), options, aligned)
+    return SplitLaunch(some, total, n_in * count * tokens * width)
 
 
 @functools.lru_cache(REMEMBERED)
