@@ -166,7 +166,8 @@ def kernels_in_tf32(arch: int) -> Iterator[tuple[str, int]]:
 def kernels_together(arch: int) -> Iterator[tuple[str, int]]:
     sizes = list(itertools.product(FEW_TOKENS, COLUMNS, BLOCKS))
     early = {"PDL": arch >= 90, "ROW": padding.ROW}
-    for tile in {choice.first_tile(*size, TERMS[0], UNITS, described=False) for size in sizes}:
+    firsts = itertools.product(sizes, TERMS)
+    for tile in {choice.first_tile(*size, terms, UNITS, described=False) for size, terms in firsts}:
         constants = {"M": tile.M, "N": tile.N, "K": tile.K, "C": 0, "COUNT": choice.TOGETHER, "EVEN": 5, **early}
         yield f"first, together {tile}", compiled(arch, together.first, constants, tile.warps, tile.stages)
     features = {"described": False, "activated": False, "gated": False}

@@ -358,6 +358,22 @@ class TestLoweringsOfAGpu:
                 patch.setattr(choice, "splits", lambda *sizes: 1)
                 assert in_parts < 0.7 * monarch_seconds(h200, tokens, shape, dtype="bfloat16")
 
+    @pytest.mark.parametrize("tokens", [4, 256])
+    def test_low_rank_is_trained_as_a_library_s_products(self, tokens: int) -> None:
+        """Short second halves, and sums that would be cut, in inference and where the intermediate is computed anew."""
+        gpu = dataclasses.replace(SHIPPED["h200"], kernel_launch_s=1.0)
+        shape = MonarchShape(4096, 1024, 1, 1, 128)
+        options = {"dtype": "bfloat16", "workload": "training"}
+        assert monarch_seconds(gpu, tokens, shape, dtype="bfloat16") > 1
+        assert monarch_seconds(gpu, tokens, shape, **options) < 1
+        assert monarch_seconds(gpu, tokens, shape, **options, around=Surroundings(recomputed=True)) > 1
+
+    def test_second_halves_are_a_library_s_where_kernels_can_t_start_early(self) -> None:
+        shape = MonarchShape(1024, 1024, 2, 2, 64)
+        for profile, launches in ((SHIPPED["h200"], 2), (SHIPPED["a100"], 1)):
+            slow = dataclasses.replace(profile, kernel_launch_s=1.0)
+            assert monarch_seconds(slow, 256, shape, dtype="bfloat16") == pytest.approx(launches, rel=1e-3)
+
     def test_gradients_of_factors_by_hand(self) -> None:
         shape = MonarchShape(30, 20, 2, 3, rank=5)  # p = 10, s = 10
         kernels = formulas.factor_gradients()

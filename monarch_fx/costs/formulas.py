@@ -4,9 +4,8 @@ A product is a list of kernels. Expressions are in ``symbols``: sizes of the pro
 ``batch`` equal matrices), the bytes of its dtype, and the constants of a ``DeviceProfile``.
 
 A Monarch product runs with copies, as two halves without, or as one kernel: ``monarch``, ``first_half`` and
-``second_half``, ``fused``. A transpose
-that only renames dimensions costs nothing. Biases cost nothing by themselves: on both sides they are added in a kernel
-that writes the result anyway, and their gradients are the same sums.
+``second_half``, ``fused``. A transpose that only renames dimensions costs nothing. Biases cost nothing by themselves:
+on both sides they are added in a kernel that writes the result anyway, and their gradients are the same sums.
 """
 
 from __future__ import annotations

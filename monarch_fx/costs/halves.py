@@ -25,12 +25,14 @@ class Halves:
         rows: Tokens.
         units: Multiprocessors.
         in_tf32: Whether in TF32, where libraries are no faster at second halves than this library's kernels are.
+        on_hopper: Whether kernels start early, and take tensor descriptors.
     """
 
     seconds: Callable[..., Seconds]
     rows: NDArray[np.int64]
     units: int
     in_tf32: bool
+    on_hopper: bool
 
     def forward(self, shape: MonarchShape, bias: bool = False, activated: bool = False) -> Seconds:
         """Both halves, of which the second one may add a bias and compute an activation."""
@@ -40,13 +42,15 @@ class Halves:
 
         return self._padded(shape, at)
 
-    def training(self, shape: MonarchShape, bias: bool = False) -> Seconds:
-        """Both halves forward and backward, and the gradients of the factors."""
+    def training(self, shape: MonarchShape, bias: bool = False, *, recomputed: bool = False) -> Seconds:
+        """Both halves forward and backward, and the gradients of the factors; low rank that is kept is a library's."""
+        is_plain = shape.nblocks_in == shape.nblocks_out == 1 and not recomputed
 
         def at(of: MonarchShape) -> Seconds:
             turned = MonarchShape(of.out_features, of.in_features, of.nblocks_in, of.nblocks_out, of.rank)
-            forward = self._halves(of, self._second(shape, of, bias))
-            backward = self._halves(turned, self._second(turned, turned)) + self._gradients(of)
+            halves = (of, self._second(shape, of, bias)), (turned, self._second(turned, turned))
+            forward, backward = (self._plain(one) if is_plain else self._halves(one, how) for one, how in halves)
+            backward = backward + self._gradients(of)
             return forward + backward + 2 * self._copies(shape, of)  # gradients are cut
 
         return self._padded(shape, at, trained=True)
@@ -76,6 +80,18 @@ class Halves:
     def _halves(self, of: MonarchShape, second: str) -> Seconds:
         return self._first_half(of) + (0 if second == "none" else self._second_half(of, second))
 
+    def _plain(self, of: MonarchShape) -> Seconds:
+        """Both halves of low rank, by a library."""
+        aligned, whole = self._are_aligned(of), self._are_whole(of)
+        first = self._few_or_many(of, "first_half", "joined", is_aligned(2, of.p), aligned[0], whole[0])
+        return first + self._few_or_many(of, "second_half", "library", is_aligned(2, of.s), aligned[1], whole[1])
+
+    def _few_or_many(self, of: MonarchShape, half: str, how: str, few: bool, *many: bool) -> Seconds:
+        """Of a library's half, of which rows that aren't aligned matter where tokens are many."""
+        return np.where(
+            self.rows <= choice.FEW_TOKENS, self.seconds(of, half, how, few), self.seconds(of, half, how, *many)
+        )
+
     def _first_half(self, of: MonarchShape) -> Seconds:
         n_in, n_out, width = of.nblocks_in, of.nblocks_out, of.nblocks_out * of.rank
         rows, aligned = (self._are_aligned(of)[0], self._are_whole(of)[0]), is_aligned(ROW, of.p)
@@ -83,7 +99,7 @@ class Halves:
         def splits(tokens: int) -> int:
             if tokens > choice.FEW_TOKENS and self.in_tf32:
                 return 1
-            described = tokens > choice.FEW_TOKENS and aligned
+            described = tokens > choice.FEW_TOKENS and aligned and self.on_hopper
             tile = choice.first_tile(tokens, width, n_in, of.p, self.units, described=described)
             return choice.splits(tile, tokens, width, n_in, of.p, self.units)
 
@@ -107,6 +123,7 @@ class Halves:
         if not self.in_tf32:
             sizes = of.s, of.nblocks_in * of.rank, of.nblocks_out, self.units
             is_own = self._by_tokens(lambda tokens: how == "own" or choice.is_own_second(tokens, *sizes), False)
+            is_own = is_own & self.on_hopper
             many = np.where(is_own, self.seconds(of, "second_half", "early", *rows), many)
         return np.where(self.rows <= choice.FEW_TOKENS, few, many)
 

@@ -53,7 +53,6 @@ TF32_GRADIENTS = 0.6
 TF32_KERNELS = 0.82  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
 CACHED = 0.65  # of the memory's time for activations that a cache hands on; tried on layers-gpu with 0.35, 0.5 and 0.8
 CACHE_SPEED = 20  # over that of the memory; with ``fused_efficiency`` the best fit to 85 times of fused-gpu and others
-TOTAL_LAUNCH, TOTAL_TRAFFIC = 0.6, 0.2  # of the sums of a first half in parts
 # A half of one token: its share of ``kernel_launch_s``, and of the memory's speed; read off 15 pairs of few-tokens-h100
 HELD_LAUNCH = 0.88
 HELD_TRAFFIC = 1.08
@@ -196,9 +195,7 @@ class Total:
     @property
     def seconds(self) -> Expr:
         """One launch; parts stay in a cache."""
-        return (
-            several(splits) * TOTAL_LAUNCH * kernel_launch_s + self.bytes_moved / bandwidth_bytes_per_s * TOTAL_TRAFFIC
-        )
+        return several(splits) * kernel_launch_s + self.bytes_moved / (CACHE_SPEED * bandwidth_bytes_per_s)
 
 
 @dataclass(frozen=True)

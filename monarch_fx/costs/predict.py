@@ -118,7 +118,7 @@ def monarch_seconds(
         again = seconds(shape, "first_half_anew") if recomputed and batch == 1 else 0.0
         return seconds(shape, "monarch", workload) + again
     activated = _fuses(profile, dtype, batch, workload, around)
-    halves = Halves(seconds, rows, profile.units, dtype == "tf32")
+    halves = Halves(seconds, rows, profile.units, dtype == "tf32", on_hopper=profile.fused_efficiency > 0)
     forward = halves.forward(shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     least = choice.fused_tokens(n_in, n_out, rank, shape.p, shape.s, profile.units)
@@ -140,7 +140,7 @@ def monarch_seconds(
             forward = np.where(are_few, seconds(shape, "ahead"), forward)
             launch_s = np.where(are_few, AHEAD_LAUNCH * launch_s, launch_s)
     if workload == "training":
-        kept = halves.training(shape, around.bias)
+        kept = halves.training(shape, around.bias, recomputed=recomputed)
         # the forward pass is that of inference, and the first half runs a second time
         return kept - halves.forward(shape, around.bias) + forward + halves.first(shape) if recomputed else kept
     shared = 0 if dtype == "tf32" else 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
