@@ -133,10 +133,11 @@ class TestSeconds:
         expected = first + second + copies + 4e-6
         assert monarch_seconds(PROFILE, 512, shape) == pytest.approx(expected, rel=1e-12)
 
-    def test_tiles_fill_whole_waves(self) -> None:
+    def test_tiles_of_many_rows_fill_whole_waves(self) -> None:
         gpu = dataclasses.replace(PROFILE, bandwidth_bytes_per_s=1e15, launch_s=0.0, tile=64, units=10, fill=100)
         wave = 10 * 2 * 64 * 64 * (1000 + 100) / 1e12
-        for tokens, waves in ((1, 1), (64 * 10, 1), (64 * 10 + 1, 2), (64 * 30, 3)):
+        of_few_rows = ((1, 1.0), (64 * 10, 1.0), (64 * 15, 1.5), (2048, 3.2))
+        for tokens, waves in (*of_few_rows, (2049, 4.0), (64 * 50, 5.0), (64 * 50 + 1, 6.0)):
             assert dense_seconds(gpu, tokens, 1000, 64) == pytest.approx(waves * wave, rel=1e-12)
 
     @pytest.mark.parametrize("name", SHIPPED)
@@ -316,13 +317,15 @@ class TestLoweringsOfAGpu:
         assert count(formulas.flops(kernels), self.shape, tokens=7) == 2 * 7 * self.shape.params
 
     @pytest.mark.parametrize(
-        ("operand_bytes_per_s", "step_s"),
+        ("operand_bytes_per_s", "waves", "step_s"),
         [
-            (1e18, 2 * 128 * 64 / 2e12),  # two waves of 64 x 64, or one of 128 x 64
-            (1e9, 2 * (128 + 64) / 1e9),  # one of 128 x 64: two of 64 x 64 take in a third more, and so does 128 x 128
+            (1e18, 8, 2 * 16 * 64 / 2e12),  # of 16 x 64, whose pipeline is full soonest
+            (1e9, 1, 2 * (128 + 64) / 1e9),  # of 128 x 64: two of 64 x 64 take in a third more, and so does 128 x 128
         ],
     )
-    def test_own_kernels_take_the_fastest_of_their_tiles(self, operand_bytes_per_s: float, step_s: float) -> None:
+    def test_own_kernels_take_the_fastest_of_their_tiles(
+        self, operand_bytes_per_s: float, waves: int, step_s: float
+    ) -> None:
         gpu = dataclasses.replace(PROFILE, tile=64, units=10, bandwidth_bytes_per_s=1e18)
         # a first half of 2 x (128, 1024) @ (1024, 320), and an unaligned second one, which is a library's
         shape = MonarchShape(2048, 2056, 2, 2, rank=160)
@@ -335,7 +338,8 @@ class TestLoweringsOfAGpu:
             )
             for efficiency, rate in ((0.5, operand_bytes_per_s), (1e9, 1e30))
         )
-        assert taken - nothing == pytest.approx(10 * 1024 * step_s, rel=1e-6)
+        steps = waves * 1024 + kernel.OWN_FILL
+        assert taken - nothing == pytest.approx(10 * steps * step_s, rel=1e-6)
 
     def test_sums_in_parts_by_hand(self) -> None:
         shape = MonarchShape(30, 20, 2, 3, rank=5)  # p = 10
@@ -487,8 +491,10 @@ class TestSurroundings:
     def test_an_activation_is_a_pass_behind_the_dense_product_alone(self) -> None:
         extra = dense_seconds(self.h100, 16384, 1024, 4096, dtype="bfloat16", around=Surroundings(activated=True))
         extra -= dense_seconds(self.h100, 16384, 1024, 4096, dtype="bfloat16")
-        moved = 2 * 2 * 16384 * 4096
-        assert extra == pytest.approx(moved / self.h100.bandwidth_bytes_per_s + self.h100.launch_s, rel=1e-9)
+        traffic = 2 * 2 * 16384 * 4096 / self.h100.bandwidth_bytes_per_s
+        compute = kernel.ACTIVATION_FLOPS * 16384 * 4096 / self.h100.peak_flops["float32"]
+        hidden = self.h100.kernel_overlap * min(traffic, compute)
+        assert extra == pytest.approx(self.h100.kernel_launch_s + traffic + compute - hidden, rel=1e-9)
         assert self.gain(Surroundings(bias=True, activated=True)) > self.gain(Surroundings(bias=True))
 
     @pytest.mark.parametrize("options", [{"workload": "training"}, {"dtype": "float32"}], ids=str)
@@ -592,7 +598,7 @@ class TestTraining:
         compute = h100.units * 2 * 128**2 * (tokens / parts + h100.fill) / h100.peak("bfloat16")
         traffic = 2 * (tokens * (768 + 192) + 768 * 192) / h100.bandwidth_bytes_per_s
         added_up = 2 * 4 * parts * 768 * 192 / h100.bandwidth_bytes_per_s
-        each = 2 * h100.launch_s + max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic) + added_up
+        each = 2 * kernel.SUM_LAUNCH * h100.launch_s + max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic) + added_up
         assert self.gradients(tokens, shape) == pytest.approx(2 * each, rel=1e-6)
 
     @pytest.mark.parametrize(
@@ -624,7 +630,7 @@ class TestTraining:
             traffic = 2 * 2 * (tokens * (64 + side) + 64 * side) / h100.bandwidth_bytes_per_s
             added_up = 2 * 4 * 4 * 2 * 64 * side / h100.bandwidth_bytes_per_s
             both = max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic)
-            expected += 2 * h100.launch_s + both + added_up
+            expected += 2 * kernel.SUM_LAUNCH * h100.launch_s + both + added_up
             assert 4 * tiles < h100.units
         assert self.gradients(tokens, shape) == pytest.approx(expected, rel=1e-6)
 
@@ -636,7 +642,8 @@ class TestTraining:
         compute = h100.units * 2 * 128**2 * (tokens / parts + h100.fill) / h100.peak("bfloat16")
         traffic = 2 * (tokens * (64 + 384) + 64 * 384) / h100.bandwidth_bytes_per_s
         added_up = 2 * 4 * parts * 64 * 384 / h100.bandwidth_bytes_per_s
-        expected = 2 * h100.launch_s + max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic) + added_up
+        overlapped = max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic)
+        expected = 2 * kernel.SUM_LAUNCH * h100.launch_s + overlapped + added_up
         assert gradient == pytest.approx(expected, rel=1e-6)
 
 

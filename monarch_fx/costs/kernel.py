@@ -36,10 +36,13 @@ from monarch_fx.costs.symbols import (
     units,
     vector_flops,
 )
+from monarch_fx.kernels.choice import SOME_TOKENS
 
 # Of ``tile``, which is 64 on a GPU: those of ``choice`` that stand for all
 OWN_TILES = ((sympy.Rational(1, 4), 1), (1, 1), (2, 1), (2, 2), (2, 4))
+OWN_FILL = 32  # their ``fill``, once; tried on choices of layers-gpu-h200 with 0 to 128
 SUM_TILE = 128  # of the gradients of factors
+SUM_LAUNCH = 0.6  # of ``launch_s``; tried on layers-step-*-gpu of two kinds of cards with 0.5 to 1
 SUM_BLOCK = 64  # tokens that are added up at once
 MOST_PARTS = 64
 MOST_PARTS_OF_BATCHES = 4
@@ -60,8 +63,9 @@ HELD_TRAFFIC = 1.08
 AHEAD_LAUNCH = 0.96
 AHEAD_TRAFFIC = 0.65
 AHEAD_FIRST_S, AHEAD_SECOND_S = 1.07e-9, 1.9e-9  # of each term of a program's sums
-# GELU in an epilogue: 11 instructions, and 2 of the special function unit, which take 8 times as long
+# GELU: 11 instructions, and 2 of the special function unit, which take 8 times as long
 ACTIVATION_FLOPS = 2 * (11 + 2 * 8)
+EPILOGUE_LAUNCH = 0.25  # of ``kernel_launch_s``, which it adds to a kernel at least; read off layers-forward-*-gpu-h200
 
 
 @dataclass(frozen=True)
@@ -105,14 +109,14 @@ class Product:
     def seconds(self) -> Expr:
         """Compute, traffic, as far as they don't overlap, and one launch.
 
-        ``units`` tiles of ``tile x tile`` results are computed at once, so the device is idle in the last, partly
-        filled wave; each tile waits for ``fill`` inner steps before its pipeline runs. This library's own kernels have
-        constants of their own, and take the fastest of several tiles. Of few activations a part comes from a cache.
+        ``units`` tiles of ``tile x tile`` results are computed at once, each of which waits for ``fill`` inner steps
+        before its pipeline runs. This library's own kernels have constants of their own, and take the fastest of
+        several tiles. Of few activations a part comes from a cache.
         """
         if self.own:
             compute_s = Min(*(self._in_tiles_s(rows * tile, columns * tile) for rows, columns in OWN_TILES))
         else:
-            compute_s = self._waves(tile, tile) * units * 2 * tile**2 * (self.k + fill) / peak_flops
+            compute_s = self._library_waves * units * 2 * tile**2 * (self.k + fill) / peak_flops
         if self.aligned:
             are_many = at_least_one(Max(0, self._activation_bytes - cache_bytes))
             from_memory = (CACHED + (1 - CACHED) * are_many) * self._activation_bytes + self._weight_bytes
@@ -126,10 +130,18 @@ class Product:
         """Of a kernel of this library with such tiles: small ones do less with every operand that they take in."""
         products_s = 2 * rows * columns / (peak_flops * kernel_efficiency)
         operands_s = dtype_bytes * (rows + columns) / kernel_operand_bytes_per_s
-        return self._waves(rows, columns) * units * self.k * Max(products_s, operands_s)
+        return (self._waves(rows, columns) * self.k + OWN_FILL) * units * Max(products_s, operands_s)
 
     def _waves(self, rows: Expr, columns: Expr) -> Expr:
+        """Of tiles: units are idle in the last, partly filled one."""
         return ceil_div(self.batch * ceil_div(self.m, rows) * ceil_div(self.n, columns), units)
+
+    @property
+    def _library_waves(self) -> Expr:
+        """The same of a library, whose waves are full where rows are few: it has tiles of many sizes."""
+        full = Max(1, self.batch * Max(1, self.m / tile) * Max(1, self.n / tile) / units)
+        are_many = at_least_one(Max(0, self.m - SOME_TOKENS))
+        return full + are_many * (self._waves(tile, tile) - full)
 
     @property
     def backward(self) -> tuple[Product, ...]:
@@ -280,9 +292,10 @@ class TokenSum:
         most = MOST_PARTS - (MOST_PARTS - MOST_PARTS_OF_BATCHES) * several(self.batch)
         parts = Max(1, Min(floor((units + sympy.Rational(1, 2)) / tiles), ceil_div(tokens, SUM_BLOCK), most))
         stored_and_read = 2 * 4 * parts * self.batch * self.m * self.n
-        return launch_s + Min(
+        one_launch_s = SUM_LAUNCH * launch_s
+        return one_launch_s + Min(
             self._in_parts(tiles, sympy.S.One),
-            self._in_parts(tiles, parts) + launch_s + stored_and_read / bandwidth_bytes_per_s,
+            self._in_parts(tiles, parts) + one_launch_s + stored_and_read / bandwidth_bytes_per_s,
         )
 
     def _in_parts(self, tiles: Expr, parts: Expr) -> Expr:
@@ -314,7 +327,7 @@ class Faster:
 
 @dataclass(frozen=True)
 class Pass:
-    """A function of every one of ``elements`` results that a kernel of its own reads and writes."""
+    """An activation of every one of ``elements`` results that a compiled kernel of its own reads and writes."""
 
     elements: Expr
 
@@ -329,12 +342,14 @@ class Pass:
 
     @property
     def seconds(self) -> Expr:
-        return launch_s + self.bytes_moved / bandwidth_bytes_per_s
+        """Arithmetic of the vector units, and traffic."""
+        traffic_s = self.bytes_moved / bandwidth_bytes_per_s
+        return kernel_launch_s + _overlapped(_activation_s(self.elements), traffic_s, kernel_overlap)
 
 
 @dataclass(frozen=True)
 class Epilogue:
-    """The same function, in the kernel of this library that computes the results: arithmetic of its vector units."""
+    """The same activation, in the kernel of this library that computes the results."""
 
     elements: Expr
 
@@ -348,8 +363,10 @@ class Epilogue:
 
     @property
     def seconds(self) -> Expr:
-        """As far as other tiles' products don't hide it."""
-        return (1 - kernel_overlap) * ACTIVATION_FLOPS * self.elements / vector_flops
+        """Other tiles' products hide a part of it beyond the first wave, of large tiles."""
+        first = Min(self.elements, units * (2 * tile) ** 2)
+        shown = first + (1 - kernel_overlap) * (self.elements - first)
+        return EPILOGUE_LAUNCH * kernel_launch_s + _activation_s(shown)
 
 
 @dataclass(frozen=True)
@@ -383,6 +400,10 @@ Kernel = Product | Copy | Fused | Total | Held | Ahead | TokenSum | Faster | Pas
 
 def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr) -> Expr:
     return Max(compute_s, traffic_s) + (1 - hidden) * Min(compute_s, traffic_s)
+
+
+def _activation_s(elements: Expr) -> Expr:
+    return ACTIVATION_FLOPS * elements / vector_flops
 
 
 def _slowed(seconds: Expr, aligned: bool) -> Expr:
