@@ -171,9 +171,9 @@ def fused(rows: int, tokens_each: int, whole: bool = True) -> tuple[Kernel, ...]
     return (Fused(rows, tokens_each, whole),)
 
 
-def held() -> tuple[Kernel, ...]:
-    """Both halves of one token whose factors registers hold; see ``Held``. For inference alone."""
-    return Held(nblocks_in, p, nblocks_out * rank), Held(nblocks_out, nblocks_in * rank, s)
+def held(rows: int, columns: int) -> tuple[Kernel, ...]:
+    """Both halves of one token whose factors registers hold, so much a program; see ``Held``. For inference alone."""
+    return Held(nblocks_in, p, nblocks_out * rank, rows), Held(nblocks_out, nblocks_in * rank, s, columns)
 
 
 def ahead() -> tuple[Kernel, ...]:

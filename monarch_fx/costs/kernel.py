@@ -56,10 +56,9 @@ TF32_GRADIENTS = 0.6
 TF32_KERNELS = 0.82  # ``kernel_efficiency`` in TF32 over that in half precision; read off 240 products of tf32-gpu
 CACHED = 0.65  # of the memory's time for activations that a cache hands on; tried on layers-gpu with 0.35, 0.5 and 0.8
 CACHE_SPEED = 20  # over that of the memory; with ``fused_efficiency`` the best fit to 85 times of fused-gpu and others
-# A half of one token: its share of ``kernel_launch_s``, and of the memory's speed; read off 15 pairs of few-tokens-h100
-HELD_LAUNCH = 0.88
-HELD_TRAFFIC = 1.08
-# The same of a half of 2 to 16 tokens that asks for its factor at once; read off 164 products of few-tokens-h100
+HELD_LAUNCH = 0.78  # of ``kernel_launch_s``, of a half of one token; read off 699 products of layers-gpu, three runs
+# A half of 2 to 16 tokens that asks for its factor at once: its share of ``kernel_launch_s``, and of the memory's time;
+# read off 164 products of few-tokens-h100
 AHEAD_LAUNCH = 0.96
 AHEAD_TRAFFIC = 0.65
 AHEAD_FIRST_S, AHEAD_SECOND_S = 1.07e-9, 1.9e-9  # of each term of a program's sums
@@ -212,11 +211,12 @@ class Total:
 
 @dataclass(frozen=True)
 class Held:
-    """``batch`` products (1, k) @ (k, n) in one launch, whose programs hold their factor in registers."""
+    """``batch`` products (1, k) @ (k, n) in one launch, whose programs hold ``each`` rows of n in registers."""
 
     batch: Expr
     k: Expr
     n: Expr
+    each: int
 
     @property
     def flops(self) -> Expr:
@@ -230,8 +230,10 @@ class Held:
 
     @property
     def seconds(self) -> Expr:
-        """Nothing waits for products, since all loads are on their way before the first one."""
-        return HELD_LAUNCH * kernel_launch_s + HELD_TRAFFIC * self.bytes_moved / bandwidth_bytes_per_s
+        """What the memory takes, and then what the unit with the most programs takes in."""
+        most = ceil_div(self.batch * ceil_div(self.n, self.each), units) * self.each * self.k
+        operands_s = dtype_bytes * units * most / kernel_operand_bytes_per_s
+        return HELD_LAUNCH * kernel_launch_s + self.bytes_moved / bandwidth_bytes_per_s + operands_s
 
 
 @dataclass(frozen=True)

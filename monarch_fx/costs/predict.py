@@ -132,8 +132,9 @@ def monarch_seconds(
     if dtype != "tf32" and workload == "inference" and is_aligned(ROW, shape.p, shape.s):
         others = min(around.together, choice.TOGETHER)  # taken as alike
         depth, blocks, units = n_in * rank, ([shape.s] * others, [n_out] * others), profile.units
-        if choice.held_tiles(shape.p, depth, *blocks, units, DTYPE_BYTES[dtype]) is not None:
-            forward = np.where(rows == 1, seconds(shape, "held"), forward)
+        tiles = choice.held_tiles(shape.p, depth, *blocks, units, DTYPE_BYTES[dtype])
+        if tiles is not None:
+            forward = np.where(rows == 1, seconds(shape, "held", *(tile.N for tile in tiles)), forward)
             launch_s = np.where(rows == 1, HELD_LAUNCH * launch_s, launch_s)
         if choice.ahead_tiles(shape.p, [n_out * rank] * others, [n_in] * others, depth, *blocks, units) is not None:
             are_few = (rows > 1) & (rows <= choice.AHEAD_TOKENS)
