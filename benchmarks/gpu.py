@@ -274,45 +274,6 @@ def _race_feed_forward(table: Table, in_features: int, out_features: int) -> Non
         )
 
 
-@benchmark("authors-gpu")
-def authors() -> Iterator[Table]:
-    """The authors' layer, two batched products with stride permutations, eager and compiled, beside ours; 4 blocks."""
-    table = Table(
-        ("tokens", "in -> out", "dense us", "authors, eager", "authors, compiled", "ours, same factors' sizes")
-    )
-    with torch.no_grad():
-        for tokens, (in_features, out_features) in ((8192, (768, 768)), (8192, (4096, 4096)), (1, (4096, 4096))):
-            torch._dynamo.reset()
-            rank = min(in_features, out_features) // 16
-            shape = MonarchShape(in_features, out_features, 4, 4, rank)
-            x = torch.randn(tokens, in_features, device="cuda").bfloat16()
-            weight = torch.randn(out_features, in_features, device="cuda").bfloat16() / 64
-            w1 = torch.randn(4, 4 * rank, shape.p, device="cuda").bfloat16() / 8
-            w2 = torch.randn(4, shape.s, 4 * rank, device="cuda").bfloat16() / 8
-            exact = mfx.Monarch.from_blockdiag_butterfly(w1.double(), w2.double())(x[:64].double())
-            check_exact("the authors' layer", published(x, w1, w2)[:64], exact, ROUNDING)
-            R, L = factors(shape)
-            compiled = torch.compile(published)
-            compiled(x, w1, w2)
-            times = {
-                "dense": graph_seconds([functools.partial(F.linear, x, weight)] * 4),
-                "eager": graph_seconds([functools.partial(published, x, w1, w2)] * 4),
-                "compiled": graph_seconds([functools.partial(compiled, x, w1, w2)] * 4),
-                "ours": graph_seconds([functools.partial(mfx.monarch_bmm, x, R, L)] * 4),
-            }
-            row = (str(tokens), f"{in_features} -> {out_features}", f"{times['dense'] * 1e6:.1f}")
-            table.rows.append((*row, *(f"{times['dense'] / times[name]:.2f}x" for name in list(times)[1:])))
-            table.raw[f"{tokens} tokens, {in_features} -> {out_features}"] = times
-            yield table
-
-
-def published(x: Tensor, w1: Tensor, w2: Tensor) -> Tensor:
-    """The authors' layer, written anew: x (tokens, k * p), w1 (k, q, p), w2 (l, s, r) with ``k * q == l * r``."""
-    t = torch.bmm(x.unflatten(1, (len(w1), -1)).transpose(0, 1), w1.mT)  # (k, tokens, q)
-    t = t.transpose(0, 1).flatten(1).unflatten(1, (-1, len(w2))).permute(2, 0, 1)  # single elements are interleaved
-    return torch.bmm(t, w2.mT).permute(1, 2, 0).flatten(1)
-
-
 def column(grid: tuple[int, int]) -> str:
     return "low rank" if grid == (1, 1) else f"{grid[0]}x{grid[1]}"
 

@@ -20,7 +20,7 @@ GRIDS = {column(grid): grid for grid in ((1, 1), (2, 2), (4, 4))}
 
 @dataclass(frozen=True)
 class Timed:
-    """A product and the dense one beside it, both timed; ``case``: what the structures to choose from have in common."""
+    """A product and the dense one beside it, both timed; ``case``: what structures to choose from have in common."""
 
     case: str
     tokens: int

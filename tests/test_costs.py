@@ -599,7 +599,8 @@ class TestTraining:
         compute = h100.units * 2 * 128**2 * (tokens / parts + h100.fill) / h100.peak("bfloat16")
         traffic = 2 * (tokens * (768 + 192) + 768 * 192) / h100.bandwidth_bytes_per_s
         added_up = 2 * 4 * parts * 768 * 192 / h100.bandwidth_bytes_per_s
-        each = 2 * kernel.SUM_LAUNCH * h100.launch_s + max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic) + added_up
+        overlapped = max(compute, traffic) + (1 - h100.overlap) * min(compute, traffic)
+        each = 2 * kernel.SUM_LAUNCH * h100.launch_s + overlapped + added_up
         assert self.gradients(tokens, shape) == pytest.approx(2 * each, rel=1e-6)
 
     @pytest.mark.parametrize(
