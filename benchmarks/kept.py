@@ -45,7 +45,7 @@ def single(result: str) -> Iterator[Timed]:
 
 
 def layers(result: str, workload: str, ending: str = "-") -> Iterator[Timed]:
-    """Of ``layers-forward-*`` and ``layers-step-*``: those with that ending, of which only a forward pass is priced."""
+    """Of ``layers-forward-*`` and ``layers-step-*``: those with that ending, which costs don't know in training."""
     around = Surroundings(bias=ending != "-", activated=ending != "-")
     for case, times in _raw(result).items():
         size, ratio, found = case.split(", ", 2)
