@@ -16,6 +16,7 @@ SINGLE = {"layers-gpu": "h100", "layers-gpu-h200": "h200"}  # by the profile of 
 AGAIN = "layers-gpu", "layers-gpu-again"  # two runs on the same kind of card
 TOKENS = {"1 token": (1,), "4 and 16 tokens": (4, 16), "64 tokens and more": (64, 256, 1024, 4096, 16384)}
 FORWARD = [f"layers-forward-{width}-gpu-h200" for width in ("768", "1024", "large")]
+UNCHANGED = 1, 4096, 16384  # tokens that today's kernels were timed with on an H100
 STEP = [f"layers-step-{width}-gpu-h200" for width in ("768", "large")]
 
 
@@ -45,6 +46,8 @@ def _rivals() -> Iterable[tuple[str, str, Iterable[Timed]]]:
     for what, ending in (("layers-forward", "-"), ("layers-forward, bias and GELU", "bias, GELU")):
         each = (kept.layers(result, "inference", ending) for result in FORWARD)
         yield what, "h200", itertools.chain.from_iterable(each)
+        on_h100 = kept.layers("layers-forward-large-gpu", "inference", ending)
+        yield f"{what}, from 2048 features on", "h100", (one for one in on_h100 if one.tokens in UNCHANGED)
     yield "layers-step", "h200", itertools.chain.from_iterable(kept.layers(result, "training") for result in STEP)
     yield "layers-step", "h100", kept.layers("layers-step-1024-gpu", "training")
     for name, run in (("h100", ""), ("h200", "-h200")):
