@@ -341,6 +341,24 @@ class TestLoweringsOfAGpu:
         steps = waves * 1024 + kernel.OWN_FILL
         assert taken - nothing == pytest.approx(10 * steps * step_s, rel=1e-6)
 
+    @pytest.mark.parametrize(
+        ("grid", "rank", "launches"),
+        [
+            ((8, 2), 128, 0),  # both halves are ours
+            ((1, 4), 256, 1.58),  # a library's, the first one a batched product
+            ((4, 1), 256, 2),  # the second one is ours, behind a library's
+        ],
+        ids=str,
+    )
+    def test_second_halves_start_early_behind_our_own_first_ones(
+        self, grid: tuple[int, int], rank: int, launches: float
+    ) -> None:
+        h100, shape = SHIPPED["h100"], MonarchShape(4096, 4096, *grid, rank)
+        assert choice.is_own_second(1024, shape.s, shape.nblocks_in * rank, grid[0], h100.units) == (grid != (1, 4))
+        slower = dataclasses.replace(h100, launch_s=h100.launch_s + 1e-6)
+        one, other = (monarch_seconds(each, 1024, shape, dtype="bfloat16") for each in (h100, slower))
+        assert other - one == pytest.approx(launches * 1e-6, abs=1e-12)
+
     def test_sums_in_parts_by_hand(self) -> None:
         shape = MonarchShape(30, 20, 2, 3, rank=5)  # p = 10
         sums, total = formulas.first_half("own")

@@ -93,7 +93,7 @@ class Halves:
         )
 
     def _first_half(self, of: MonarchShape) -> Seconds:
-        n_in, n_out, width = of.nblocks_in, of.nblocks_out, of.nblocks_out * of.rank
+        n_in, width = of.nblocks_in, of.nblocks_out * of.rank
         rows, aligned = (self._are_aligned(of)[0], self._are_whole(of)[0]), is_aligned(ROW, of.p)
 
         def splits(tokens: int) -> int:
@@ -112,8 +112,7 @@ class Halves:
             own = np.where((self.rows >= enough) & (of.p % TF32_ROW == 0), own, by_library)
         elif not aligned:
             own = np.where(2 * self.rows * of.in_features * width >= choice.STRIDED_FLOPS, by_library, own)
-        least = choice.library_tokens(n_in, n_out, of.rank, of.p, self.units, 4 if self.in_tf32 else 2)
-        many = np.where(self.rows >= least, by_library, own)
+        many = np.where(self.rows >= self._library_tokens(of), by_library, own)
         return np.where(self.rows <= choice.FEW_TOKENS, few, many)
 
     def _second_half(self, of: MonarchShape, how: str) -> Seconds:
@@ -123,9 +122,16 @@ class Halves:
         if not self.in_tf32:
             sizes = of.s, of.nblocks_in * of.rank, of.nblocks_out, self.units
             is_own = self._by_tokens(lambda tokens: how == "own" or choice.is_own_second(tokens, *sizes), False)
-            is_own = is_own & self.on_hopper
-            many = np.where(is_own, self.seconds(of, "second_half", "early", *rows), many)
+            # a library's first half doesn't say when the next kernel may start
+            early, late = (self.seconds(of, "second_half", when, *rows) for when in ("early", "own"))
+            own = np.where(self.rows < self._library_tokens(of), early, late)
+            many = np.where(is_own & self.on_hopper, own, many)
         return np.where(self.rows <= choice.FEW_TOKENS, few, many)
+
+    def _library_tokens(self, of: MonarchShape) -> float:
+        """From how many tokens a library runs the first half."""
+        itemsize = 4 if self.in_tf32 else 2
+        return choice.library_tokens(of.nblocks_in, of.nblocks_out, of.rank, of.p, self.units, itemsize)
 
     def _by_tokens(self, found: Callable[[int], int], beyond: int) -> NDArray[np.int64]:
         """What ``found`` says of as many tokens as there are tiles for, up to ``SOME_TOKENS``; ``beyond`` of more."""
