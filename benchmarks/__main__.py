@@ -27,9 +27,7 @@ import benchmarks.quality
 import benchmarks.tf32
 import benchmarks.training
 import benchmarks.unaligned  # noqa: F401  (registers its benchmarks)
-from benchmarks.registry import BENCHMARKS, Benchmark, Table
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.registry import BENCHMARKS, RESULTS, Benchmark, Table
 
 
 def main() -> None:

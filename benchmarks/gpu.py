@@ -321,10 +321,10 @@ def graph_seconds(runs: list[Callable[[], Any]]) -> float:
 
 
 def factors(shape: MonarchShape) -> tuple[Tensor, Tensor]:
-    """Random R and L."""
+    """Random R and L that keep the magnitude of what they multiply: GELU's slope amplifies the errors of more."""
     n_in, n_out, rank = shape.nblocks_in, shape.nblocks_out, shape.rank
-    R = torch.randn(n_in, n_out, rank, shape.p, device="cuda").bfloat16() / 8
-    L = torch.randn(n_out, n_in, rank, shape.s, device="cuda").bfloat16() / 8
+    R = torch.randn(n_in, n_out, rank, shape.p, device="cuda").bfloat16() / shape.p**0.5
+    L = torch.randn(n_out, n_in, rank, shape.s, device="cuda").bfloat16() / (n_in * rank) ** 0.5
     return R, L
 
 

@@ -6,16 +6,14 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import column, shape_at
+from benchmarks.layers import GRIDS
+from benchmarks.registry import RESULTS
 from monarch_fx.costs import DeviceProfile, dense_seconds, monarch_seconds
 from monarch_fx.costs.predict import Surroundings
 from monarch_fx.structure import MonarchShape
-
-RESULTS = Path(__file__).parent / "results"
-GRIDS = {column(grid): grid for grid in ((1, 1), (2, 2), (4, 4))}
 
 
 @dataclass(frozen=True)
@@ -29,13 +27,16 @@ class Timed:
     seconds: float
     options: dict[str, Any] = field(default_factory=lambda: {"dtype": "bfloat16"})  # of ``monarch_seconds``
 
-    def sample(self, profile: DeviceProfile) -> list[Any]:
-        """As ``layers-gpu`` keeps it: what it is, both times, and the predictions of both."""
+    def sample(self, dense_s: float, seconds: float) -> list[Any]:
+        """As ``layers-gpu`` keeps it: what it is, both times, and these predictions of both."""
+        size = self.tokens, self.shape.in_features, self.shape.out_features
+        return [self.case, *size, str(self.shape), self.shape.ratio, self.dense_s, self.seconds, dense_s, seconds]
+
+    def predicted(self, profile: DeviceProfile) -> list[Any]:
+        """The same with the predictions of a profile."""
         size = self.tokens, self.shape.in_features, self.shape.out_features
         dense = dense_seconds(profile, *size, **self.options)
-        monarch = monarch_seconds(profile, self.tokens, self.shape, **self.options)
-        what = self.case, *size, str(self.shape), self.shape.ratio
-        return [*what, self.dense_s, self.seconds, float(dense), float(monarch)]
+        return self.sample(float(dense), float(monarch_seconds(profile, self.tokens, self.shape, **self.options)))
 
 
 def single(result: str) -> Iterator[Timed]:
@@ -50,11 +51,11 @@ def layers(result: str, workload: str, ending: str = "-") -> Iterator[Timed]:
     for case, times in _raw(result).items():
         size, ratio, found = case.split(", ", 2)
         in_features, out_features = map(int, size.split(" -> "))
-        for name, grid in GRIDS.items():
+        for grid in GRIDS:
             shape = shape_at(float(ratio), in_features, out_features, grid)
             if found != ending or shape is None:
                 continue
-            for tokens, seconds in times[name].items():
+            for tokens, seconds in times[column(grid)].items():
                 options = {"dtype": "bfloat16", "workload": workload, "around": around}
                 yield Timed(case, int(tokens), shape, times["dense"][tokens], seconds, options)
 

@@ -221,10 +221,7 @@ def _compiled(layer: Layer) -> Layer:
 
 
 def _factors(shape: MonarchShape, bias: Iterable[tuple[int, ...]]) -> Operands:
-    """R and L, and a bias: outputs as large as dense's, since GELU's slope takes the error of larger ones for more."""
-    R, L = factors(shape)
-    R, L = R / (R.std() * shape.p**0.5), L / (L.std() * (shape.nblocks_in * shape.rank) ** 0.5)
-    return R, L, *_drawn(bias)
+    return *factors(shape), *_drawn(bias)
 
 
 def _drawn(sizes: Iterable[tuple[int, ...]]) -> Operands:

@@ -28,11 +28,8 @@ def predictions() -> Table:
         samples = _samples(name, kept.single(result))
         table.rows += [(result, f"profile {name}", line) for line in (*accuracy(samples), *_by_tokens(samples))]
     for result, other in (AGAIN, AGAIN[::-1]):  # how far times of one run hold for another
-        times = {(one.case, one.tokens, one.shape): [one.dense_s, one.seconds] for one in kept.single(other)}
-        measured = [
-            [*one.sample(resolve("h100", "cpu"))[:8], *times[one.case, one.tokens, one.shape]]
-            for one in kept.single(result)
-        ]
+        times = {(one.case, one.tokens, one.shape): (one.dense_s, one.seconds) for one in kept.single(other)}
+        measured = [one.sample(*times[one.case, one.tokens, one.shape]) for one in kept.single(result)]
         table.rows += [(result, f"times of {other}", line) for line in (*accuracy(measured), *_by_tokens(measured))]
     for what, name, timed in _rivals():
         table.rows += [(what, f"profile {name}", line) for line in accuracy(_samples(name, timed))]
@@ -66,7 +63,7 @@ def _others() -> Iterable[tuple[str, str, Iterable[Timed]]]:
 
 def _samples(name: str, timed: Iterable[Timed]) -> list[list[Any]]:
     profile = resolve(name, "cpu")
-    return [one.sample(profile) for one in timed]
+    return [one.predicted(profile) for one in timed]
 
 
 def _by_tokens(samples: list[list[Any]]) -> list[str]:
