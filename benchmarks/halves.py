@@ -139,7 +139,7 @@ def one_kernel() -> Iterator[Table]:
             y = torch.empty_like(x)
 
             def halves(x: Tensor = x, R: Tensor = R, L: Tensor = L, y: Tensor = y, bias: Tensor = bias) -> None:
-                gpu.second_half(gpu.first_half(x, R), L, y, bias, None, "none")
+                gpu.both_halves(x, R, L, y, bias, None, "none")
 
             def whole(x: Tensor = x, R: Tensor = R, L: Tensor = L, y: Tensor = y, bias: Tensor = bias) -> None:
                 launch.whole(x, R, L, y, bias, None, "none")

@@ -60,19 +60,22 @@ class TestLoweringsOfAGpu:
         assert taken - nothing == pytest.approx(10 * steps * step_s, rel=1e-6)
 
     @pytest.mark.parametrize(
-        ("grid", "rank", "launches"),
+        ("grid", "rank", "is_own", "launches"),
         [
-            ((8, 2), 128, 0),  # both halves are ours
-            ((1, 4), 256, 1.58),  # a library's, the first one a batched product
-            ((4, 1), 256, 2),  # the second one is ours, behind a library's
+            ((8, 2), 128, True, 0),  # both halves are ours
+            ((1, 4), 256, False, 1.58),  # a library's, the first one a batched product
+            ((4, 1), 256, True, 2),  # the second one, a full wave, is ours behind a library's
         ],
         ids=str,
     )
     def test_second_halves_start_early_behind_our_own_first_ones(
-        self, grid: tuple[int, int], rank: int, launches: float
+        self, grid: tuple[int, int], rank: int, is_own: bool, launches: float
     ) -> None:
         h100, shape = SHIPPED["h100"], MonarchShape(4096, 4096, *grid, rank)
-        assert choice.is_own_second(1024, shape.s, shape.nblocks_in * rank, grid[0], h100.units) == (grid != (1, 4))
+        n_out, n_in, units = *grid, h100.units
+        after_library = choice.library_tokens(n_in, n_out, rank, shape.p, units, 2) <= 1024
+        sizes = 1024, shape.s, n_in * rank, n_out, units
+        assert choice.is_own_second(*sizes, after_library=after_library) == is_own
         slower = dataclasses.replace(h100, launch_s=h100.launch_s + 1e-6)
         one, other = (monarch_seconds(each, 1024, shape, dtype="bfloat16") for each in (h100, slower))
         assert other - one == pytest.approx(launches * 1e-6, abs=1e-12)

@@ -342,7 +342,7 @@ PADDED = [
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rank, p and s of every product that is computed."""
     seen = []
-    first, second, differentiable = gpu.first_half, gpu.second_half, gpu._differentiable
+    first, second, differentiable = gpu.first_half, gpu.second_half_by_library, gpu._differentiable
 
     def watched_differentiable(
         x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, *rest: object, **options: object
@@ -362,7 +362,7 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
     monkeypatch.setattr(gpu, "_differentiable", watched_differentiable)
     monkeypatch.setattr(gpu, "first_half", watched_first)
-    monkeypatch.setattr(gpu, "second_half", watched_second)
+    monkeypatch.setattr(gpu, "second_half_by_library", watched_second)
     return seen
 
 

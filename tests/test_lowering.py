@@ -119,17 +119,19 @@ def test_unknown_numbers_of_tokens_are_the_operators() -> None:
 
 
 # whether each half is a kernel: the first one of a column of blocks is a library's product where it fills the GPU,
-# that of a row, from 512 tokens on, a batched one; of two rows two, where the rank is large. Short second ones are, up
-# to 2048 tokens
+# that of a row a batched one; of two rows two, where the rank is large. Short second ones are up to 2048 tokens, behind
+# a library only where several blocks are a full wave
 @pytest.mark.parametrize(
     ("tokens", "shape", "are_kernels"),
     [
         (65, ONE, (True, True)),
         (70, (1, 3, 16, 24), (True, True)),
-        (300, (1, 3, 16, 24), (False, True)),
+        (300, (1, 3, 16, 24), (True, True)),
+        (520, (1, 3, 16, 24), (False, False)),
+        (384, (1, 2, 144, 24), (False, True)),
         (70, (1, 1, 272, 24), (False, False)),
         (70, (3, 1, 16, 24), (True, True)),
-        (520, (3, 1, 16, 24), (False, True)),
+        (520, (3, 1, 16, 24), (False, False)),
         (2060, (3, 1, 16, 24), (False, False)),
         (2060, THIRD, (True, False)),
         (520, (3, 2, 272, 24), (False, False)),

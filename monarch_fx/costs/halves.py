@@ -120,11 +120,15 @@ class Halves:
         few = self.seconds(of, "second_half", "early", is_aligned(2, of.s))
         many = self.seconds(of, "second_half", how, *rows)
         if not self.in_tf32:
-            sizes = of.s, of.nblocks_in * of.rank, of.nblocks_out, self.units
-            is_own = self._by_tokens(lambda tokens: how == "own" or choice.is_own_second(tokens, *sizes), False)
+            sizes, by_library = (of.s, of.nblocks_in * of.rank, of.nblocks_out, self.units), self._library_tokens(of)
+
+            def is_own_second(tokens: int) -> bool:
+                return how == "own" or choice.is_own_second(tokens, *sizes, after_library=tokens >= by_library)
+
+            is_own = self._by_tokens(is_own_second, False)
             # a library's first half doesn't say when the next kernel may start
             early, late = (self.seconds(of, "second_half", when, *rows) for when in ("early", "own"))
-            own = np.where(self.rows < self._library_tokens(of), early, late)
+            own = np.where(self.rows < by_library, early, late)
             many = np.where(is_own & self.on_hopper, own, many)
         return np.where(self.rows <= choice.FEW_TOKENS, few, many)
 

@@ -3,7 +3,7 @@
 The rules were read off the times of every tile of this file on an H100, bfloat16, for 17 structures of 768 to 14336
 features at 16 to 16384 tokens, and for many tokens anew: 70 first halves, 324 second ones, 118 whole products
 (benchmarks/results/tiles-h100); one token's off pairs of both halves there, few tokens' off 201 products
-(few-tokens-h100), and what changes up to ``SOME_TOKENS`` off 996 products on an H200 (some-tokens-h200).
+(few-tokens-h100), and what changes up to ``SOME_TOKENS`` off 1,398 products on an H200 (some-tokens-h200).
 """
 
 from __future__ import annotations
@@ -305,18 +305,18 @@ def second_tile(
     return NARROW if tiles(NARROW) >= 0.4 else SMALL
 
 
-def is_own_second(tokens: int, s: int, depth: int, blocks: int, units: int) -> bool:
+def is_own_second(tokens: int, s: int, depth: int, blocks: int, units: int, *, after_library: bool) -> bool:
     """Whether a second half of many tokens, without an epilogue, is faster than a library's; arguments as above.
 
-    Short ones are, where it weighs that they start early: they are few waves; and longer ones that are one full wave of
-    wide tiles. A library cuts the sums of a single block into parts.
+    Short ones of few waves are, which start while the first half ends, unless that is a library's (``after_library``).
+    One full wave of wide tiles is where sums are longer, and of several blocks behind a library, too.
     """
     waves = PLAIN.count(tokens, s, blocks) / units
     if tokens > SOME_TOKENS or s % 8 or depth % 8 or waves > 8:
         return False
-    if blocks == 1:
-        return depth <= SHALLOW
     is_full_wave = 0.75 <= WIDE.count(tokens, s, blocks) / units <= 1
+    if after_library and (blocks == 1 or not is_full_wave):
+        return False
     return depth <= (4 if is_full_wave else 2) * SHALLOW
 
 
@@ -328,15 +328,22 @@ def library_tokens(n_in: int, n_out: int, rank: int, p: int, units: int, itemsiz
     """
     if n_in == 1 and (p % 8 or p > 4096 or itemsize > 2):
         return FEW_TOKENS + 1
-    if n_in == 1:  # as long as a library's tiles leave units idle, small ones, or parts of sums, are faster
-        programs = units if p < SPLIT_FROM else units // 2
-        rows = PLAIN_NARROW.M * (programs // PLAIN_NARROW.count(1, n_out * rank, 1))
-        return min(max(rows, FEW_TOKENS), SOME_TOKENS) + 1
     if p % 8:
         return math.inf
+    if itemsize == 2 and 1 in (n_in, n_out):  # as long as a library's tiles leave units idle, small ones are faster
+        waves = _own_waves(n_in, n_out, p)
+        rows = PLAIN_NARROW.M * (int(waves * units) // PLAIN_NARROW.count(1, n_out * rank, n_in))
+        return min(max(rows, FEW_TOKENS), SOME_TOKENS) + 1
     if n_out == 2 and rank >= WIDE.N and n_out * rank % WIDE.N:
         return max(ROW_TOKENS, math.ceil(ROWS_FLOPS / (2 * n_in * p * n_out * rank)))
     return ROW_TOKENS if n_out == 1 else math.inf
+
+
+def _own_waves(n_in: int, n_out: int, p: int) -> float:
+    """Waves of narrow tiles up to which a first half of one row or column of blocks is faster than a library's."""
+    if p >= SPLIT_FROM:
+        return 0.5
+    return 2 if n_out > n_in else 1
 
 
 def are_summed_apart(blocks: int, m: int, n: int) -> bool:

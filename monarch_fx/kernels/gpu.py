@@ -209,7 +209,7 @@ def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor 
     if not (is_one and _ran("one kernel", "launch.whole", x, R, L, y, bias, gate, activation)):
         if not padding.is_aligned(R.shape[2]) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)
-        second_half(first_half(x, R), L, y, bias, gate, activation)
+        both_halves(x, R, L, y, bias, gate, activation)
     return y
 
 
@@ -233,10 +233,7 @@ def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | No
     """x (tokens, n_in * p) -> (tokens, n_out * s), and the intermediate (n_out, tokens, n_in * rank) for gradients."""
     x, R, L = _rows(x), R.contiguous(), L.contiguous()
     y = x.new_empty(len(x), L.shape[0] * L.shape[3])
-    t = first_half(x, R)
-    if len(x):
-        second_half(t, L, y, None if bias is None else bias.contiguous(), None, "none")
-    return y, t
+    return y, both_halves(x, R, L, y, None if bias is None else bias.contiguous(), None, "none")
 
 
 def _left_gradient(x: Tensor, R: Tensor, grad: Tensor) -> Tensor:
@@ -251,6 +248,20 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype == torch.float32 and are_summed_apart(len(a), a.shape[2], b.shape[2]):
         return torch.stack([torch.mm(one.mT, other) for one, other in zip(a, b, strict=True)])
     return torch.bmm(a.mT, b)
+
+
+def both_halves(
+    x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
+) -> Tensor:
+    """Writes ``y`` (tokens, n_out * s), and gives the intermediate (n_out, tokens, n_in * rank)."""
+    t, kinds = first_half(x, R), (bias is not None, activation, gate is not None)
+    if len(x) == 0:
+        return t
+    if is_second_kernel(x.dtype, x.device, len(x), R.shape, L.shape, *kinds):
+        second_half(t, L, y, bias, gate, activation)
+    else:
+        second_half_by_library(t, L, y, bias, gate, activation)
+    return t
 
 
 def first_half(x: Tensor, R: Tensor) -> Tensor:
@@ -275,12 +286,16 @@ def first_half_by_rows(x: Tensor, R: Tensor, *, out: Tensor) -> None:
 
 
 def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
+    """Writes ``y`` (tokens, n_out * s) by a Triton kernel, or where there is none by a library."""
+    if not _ran("the second half", "launch.second_half", t, L, y, bias, gate, activation):
+        second_half_by_library(t, L, y, bias, gate, activation)
+
+
+def second_half_by_library(
+    t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
+) -> None:
     """Writes ``y`` (tokens, n_out * s)."""
     n_out = L.shape[0]
-    kinds = bias is not None, activation, gate is not None
-    suits = is_second_kernel(t.dtype, t.device, t.shape[1], L.shape, *kinds)
-    if suits and _ran("the second half", "launch.second_half", t, L, y, bias, gate, activation):
-        return
     if n_out == 1 and bias is not None:
         torch.addmm(bias, t[0], L.flatten(0, 2), out=y)
     else:
@@ -302,17 +317,21 @@ def is_second_kernel(
     dtype: torch.dtype,
     device: torch.device,
     tokens: int,
+    R: Sequence[int],
     L: Sequence[int],
     has_bias: bool,
     activation: str,
     has_gate: bool,
 ) -> bool:
     """Whether the second half is a Triton kernel: where a library's would take a pass more, or longer."""
-    n_out, n_in, rank, s = L
+    n_in, n_out, rank, p = R
     if tokens <= FEW_TOKENS or dtype not in HALF:
         return tokens <= FEW_TOKENS
     is_plain = not has_gate and activation == "none" and (not has_bias or n_out == 1)
-    return not is_plain or (_starts_early(device) and is_own_second(tokens, s, n_in * rank, n_out, units(device)))
+    if not (is_plain and _starts_early(device)):
+        return not is_plain
+    after_library = tokens >= library_tokens(n_in, n_out, rank, p, units(device), dtype.itemsize)
+    return is_own_second(tokens, L[3], n_in * rank, n_out, units(device), after_library=after_library)
 
 
 def _starts_early(device: torch.device) -> bool:

@@ -122,7 +122,7 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
     if tokens >= padding.PADDED_TOKENS and not padding.is_aligned(rank):
         return None
     kinds = bias is not None, activation, gate is not None
-    is_kernel = gpu.is_second_kernel(dtype, x.get_device(), tokens, shapes[2], *kinds)
+    is_kernel = gpu.is_second_kernel(dtype, x.get_device(), tokens, shapes[1], shapes[2], *kinds)
     if not is_kernel and (gate is not None or activation != "none" or (bias is not None and n_out > 1)):
         return None
     depth, about = n_in * rank, (_name(dtype), str(x.get_device()))
