@@ -276,10 +276,11 @@ def _make_plan(
     if known is not None and config.reorder and not config.low_rank_only:
         orders = assess.orders(model, find_hidden(captured, model), candidates, known)
     planned, seen = reordered(model, orders), _reordered(known, candidates, orders)
-    errors, error_source = assess.errors(planned, candidates, config, seen)
+    errors, error_source, doubt = assess.errors(planned, candidates, config, seen)
     decisions = decide(
         candidates,
         errors,
+        doubt=doubt,
         losses=assess.losses(planned, candidates, seen),
         measure=assess.measures(planned, candidates, seen),
         stopwatch=stopwatch,

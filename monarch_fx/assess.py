@@ -17,6 +17,7 @@ from monarch_fx.passes.calibrate import Calibration, Statistics
 from monarch_fx.passes.permute import Hidden
 from monarch_fx.planning import grids
 from monarch_fx.projection import (
+    PRIOR_DOUBT,
     energy,
     expected_seconds,
     feature_order,
@@ -34,14 +35,14 @@ ANNOUNCE_SECONDS = 60.0
 
 def errors(
     model: nn.Module, candidates: Sequence[Candidate], config: MonarchConfig, calibrated: Calibration | None
-) -> tuple[dict[str, dict[tuple[int, int], Any]], str]:
-    """Relative squared errors of every candidate by grid and rank, and how they were estimated."""
+) -> tuple[dict[str, dict[tuple[int, int], Any]], str, float]:
+    """Relative squared errors of every candidate by grid and rank, how they were estimated, and ``decide``'s doubt."""
     wanted = {c.name: grids(c, config) for c in candidates}
     if checks.on_meta(model):
         tails = {}
         for c in candidates:
             tails[c.name] = {grid: prior_tail(c.out_features, c.in_features, grid) for grid in wanted[c.name]}
-        return tails, "a prior by shape (the model has no values)"
+        return tails, "a prior by shape (the model has no values)", PRIOR_DOUBT
     sizes = [(c.batch, c.out_features, c.in_features) for c in candidates]
     all_grids = sorted({grid for c in candidates for grid in wanted[c.name]})
     seconds = expected_seconds(sizes, all_grids)
@@ -54,9 +55,9 @@ def errors(
         known = (None, None) if seen is None else (seen.inputs, seen.gradients)
         tails[c.name] = tail_errors(c.view.gather(parameters[c.parameter]), wanted[c.name], *known)
     if calibrated is None or not calibrated.statistics:
-        return tails, "block spectra of the weights"
+        return tails, "block spectra of the weights", 0.0
     felt = f", in the norm of {calibrated.loss}" if calibrated.loss else ""
-    return tails, f"projections on the calibration inputs{felt}"
+    return tails, f"projections on the calibration inputs{felt}", 0.0
 
 
 def orders(

@@ -136,6 +136,22 @@ def test_meta_model_is_planned_only() -> None:
         mfx.monarchify(model, budget=0.5)
 
 
+def test_without_values_speed_decides_what_the_prior_cannot() -> None:
+    """A plan of all grids is no slower than one that may take a single grid, and near its error."""
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4096, 14336), nn.GELU(), nn.Linear(14336, 4096)).bfloat16()
+
+    def planned(**grid: int) -> tuple[float, float]:
+        plan = mfx.plan(model, 0.5, tokens=16, device="h200", config=mfx.MonarchConfig(**grid))
+        return sum(d.time_s for d in plan.decisions), sum(d.error**2 for d in plan.decisions)
+
+    seconds, error2 = planned()
+    for nblocks in (1, 2, 4):
+        alone_s, alone_error2 = planned(nblocks=nblocks)
+        assert seconds <= alone_s
+        assert error2 <= 1.1 * alone_error2
+
+
 def test_print_graph_names_the_weights(gpt2: tuple, capsys: pytest.CaptureFixture) -> None:
     _, rewritten, ids = gpt2
     mfx.print_graph(rewritten, {"input_ids": ids})

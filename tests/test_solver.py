@@ -31,8 +31,15 @@ class TestSolver:
     def test_of_options_with_about_the_same_error_the_fastest_is_taken(self) -> None:
         chosen = Option(None, 0.5, 2.0, 10)
         faster, bigger, worse = Option(None, 0.505, 1.0, 10), Option(None, 0.5, 0.5, 11), Option(None, 0.52, 0.5, 9)
-        assert best_alike([bigger, chosen, worse, faster], chosen, PARAMS) == faster
-        assert best_alike([bigger, chosen, worse], chosen, PARAMS) == chosen
+        assert best_alike([bigger, chosen, worse, faster], chosen, PARAMS, 0.0) == faster
+        assert best_alike([bigger, chosen, worse], chosen, PARAMS, 0.0) == chosen
+
+    def test_doubt_is_in_errors_of_options_that_are_about_as_large(self) -> None:
+        chosen, smaller = Option(None, 0.5, 2.0, 100), Option(None, 0.54, 0.5, 90)
+        faster, fastest = Option(None, 0.54, 1.0, 97), Option(None, 0.56, 0.5, 99)
+        assert best_alike([chosen, smaller, faster, fastest], chosen, PARAMS, 0.1) == faster
+        assert best_alike([chosen, smaller, faster, fastest], chosen, PARAMS, 0.2) == fastest
+        assert best_alike([chosen, smaller, faster, fastest], chosen, PARAMS, 0.0) == chosen
 
     @settings(max_examples=150, deadline=None)
     @given(

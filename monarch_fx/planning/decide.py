@@ -42,6 +42,7 @@ def decide(
     candidates: Sequence[Candidate],
     errors: Errors,
     *,
+    doubt: float = 0.0,
     losses: Mapping[str, float] | None = None,
     measure: Mapping[str, Measure] | None = None,
     stopwatch: Stopwatch | None = None,
@@ -66,6 +67,7 @@ def decide(
         candidates: The eligible products.
         errors: ``errors[name][nblocks_out, nblocks_in][rank]`` is the relative squared error of that structure, for the
             grids that ``grids`` names and all ranks up to ``min(s, p)``.
+        doubt: By how much, as a share, the ratio of two such errors may be wrong, of structures about as large.
         losses: ``losses[name]`` is the increase of the model's loss where the product gives nothing. What is not among
             them weighs per parameter and call what the median of those weighs.
         measure: ``measure[name]`` projects a product whose ``errors`` are rough for grids of several blocks, and gives
@@ -99,7 +101,7 @@ def decide(
         if budget is None or is_forced(config, budget):
             chosen, why = [product.measured(product.options[0]) for product in products], "forced by config"
         else:
-            chosen, why, shortfall = _within(budget, objective, menus, products, _weights(candidates, losses))
+            chosen, why, shortfall = _within(budget, objective, menus, products, _weights(candidates, losses), doubt)
         choices = [(menu.candidate, option.shape) for menu, option in zip(menus, chosen, strict=True)]
         if not times.measure(choices) and not times.confirm([*dense, *choices]):
             break
@@ -182,6 +184,7 @@ def _within(
     menus: Sequence[Menu],
     products: Sequence[Refined],
     weights: Sequence[float],
+    doubt: float,
 ) -> tuple[list[Option], str, str]:
     """The best choice under the budget, and why; or the smallest one, why, and what is in the budget's way."""
     size = OBJECTIVES[objective]
@@ -189,7 +192,7 @@ def _within(
     smallest = [pareto(menu.options, size)[0] for menu in menus]
     reached = sum(map(size, smallest))
     if reached <= budget * dense:
-        return choose(products, weights, budget * dense, size), "smallest error under the budget", ""
+        return choose(products, weights, budget * dense, size, doubt), "smallest error under the budget", ""
     shortfall = (
         f"The budget {budget:g} can't be reached, {reached / dense:.3f} is the closest. In the way: "
         f"{_in_the_way(budget, size, menus, smallest)}."

@@ -83,13 +83,18 @@ class Refined:
         return list(best.values())[:CONTENDERS]
 
 
-def choose(products: Sequence[Refined], weights: Sequence[float], limit: float, size: Size) -> list[Option]:
-    """One option of each product, the best under the limit by errors that were measured where estimates are rough."""
+def choose(
+    products: Sequence[Refined], weights: Sequence[float], limit: float, size: Size, doubt: float
+) -> list[Option]:
+    """One option of each product, the best under the limit by errors that were measured where estimates are rough.
+
+    ``doubt`` as of ``best_alike``.
+    """
 
     def solved() -> list[Option]:
         options = [product.options for product in products]
         best = solve(options, weights, limit, size)
-        return [best_alike(choices, option, size) for choices, option in zip(options, best, strict=True)]
+        return [best_alike(choices, option, size, doubt) for choices, option in zip(options, best, strict=True)]
 
     rough: list[tuple[Refined, Option]] = []
     if any(product.measure is not None for product in products):

@@ -17,6 +17,7 @@ Size = Callable[[Option], float]
 RELATIVE_GAP = 1e-4  # of the sum of errors
 TIME_LIMIT_S = 20.0
 ALIKE = 0.02  # squared errors that differ by less count as equal
+AS_LARGE = 0.04  # sizes that differ by less do
 
 
 def pareto(options: Sequence[Option], size: Size) -> list[Option]:
@@ -102,10 +103,16 @@ def _program(
     return cost, scipy.optimize.Bounds(np.zeros(len(flat)), ones), one_each, shares
 
 
-def best_alike(options: Sequence[Option], chosen: Option, size: Size) -> Option:
+def best_alike(options: Sequence[Option], chosen: Option, size: Size, doubt: float) -> Option:
     """The fastest option that is no larger than ``chosen`` and has about its error, with the fewest parameters.
 
-    Grids are often closer to each other than the estimate of the error is to what the model will lose.
+    Grids are often closer to each other than the estimate of the error is to what the model will lose. Where options
+    are about as large, their squared errors count as equal within ``doubt``, too.
     """
-    alike = (o for o in options if size(o) <= size(chosen) and o.error2 <= (1 + ALIKE) * chosen.error2)
-    return min(alike, key=lambda o: (o.time_s, o.params, o.error2))
+
+    def is_alike(option: Option) -> bool:
+        most = size(chosen)
+        within = max(ALIKE, doubt) if size(option) >= (1 - AS_LARGE) * most else ALIKE
+        return size(option) <= most and option.error2 <= (1 + within) * chosen.error2
+
+    return min(filter(is_alike, options), key=lambda o: (o.time_s, o.params, o.error2))

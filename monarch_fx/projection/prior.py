@@ -11,6 +11,9 @@ from torch import Tensor
 from monarch_fx.projection.spectra import Grid, tail_of
 
 SIGNAL_SHARE, SIGNAL_DECAY = 0.3, 1.3
+# By which the ratio of two grids' squared errors is wrong, both at half the parameters (root mean square: 0.11 in
+# all-MiniLM-L6-v2, 0.15 in SmolLM2-135M, all pairs of up to 16 grids of 36 and 35 layers).
+PRIOR_DOUBT = 0.1
 
 
 def prior_tail(out_features: int, in_features: int, grid: Grid) -> Tensor:
