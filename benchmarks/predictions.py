@@ -17,7 +17,7 @@ AGAIN = "layers-gpu", "layers-gpu-again"  # two runs on the same kind of card
 TOKENS = {"1 token": (1,), "4 and 16 tokens": (4, 16), "64 tokens and more": (64, 256, 1024, 4096, 16384)}
 FORWARD = [f"layers-forward-{width}-gpu-h200" for width in ("768", "1024", "large")]
 UNCHANGED = 1, 4096, 16384  # tokens that today's kernels were timed with on an H100
-STEP = [f"layers-step-{width}-gpu-h200" for width in ("768", "large")]
+STEP = [f"layers-step-{width}-gpu-h200" for width in ("768", "1024", "large")]
 
 
 @benchmark("predictions")
