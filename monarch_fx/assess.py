@@ -42,7 +42,8 @@ def errors(
         tails = {}
         for c in candidates:
             tails[c.name] = {grid: prior_tail(c.out_features, c.in_features, grid) for grid in wanted[c.name]}
-        return tails, "a prior by shape (the model has no values)", PRIOR_DOUBT
+        source = f"a prior by shape (the model has no values), within {PRIOR_DOUBT:.0%} of squared errors"
+        return tails, source, PRIOR_DOUBT
     sizes = [(c.batch, c.out_features, c.in_features) for c in candidates]
     all_grids = sorted({grid for c in candidates for grid in wanted[c.name]})
     seconds = expected_seconds(sizes, all_grids)

@@ -341,7 +341,7 @@ def library_tokens(n_in: int, n_out: int, rank: int, p: int, units: int, itemsiz
 
 def _own_waves(n_in: int, n_out: int, p: int) -> float:
     """Waves of narrow tiles up to which a first half of one row or column of blocks is faster than a library's."""
-    if p >= SPLIT_FROM:
+    if p >= SPLIT_FROM:  # where ours cut their sums into parts
         return 0.5
     return 2 if n_out > n_in else 1
 

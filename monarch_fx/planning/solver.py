@@ -17,7 +17,7 @@ Size = Callable[[Option], float]
 RELATIVE_GAP = 1e-4  # of the sum of errors
 TIME_LIMIT_S = 20.0
 ALIKE = 0.02  # squared errors that differ by less count as equal
-AS_LARGE = 0.04  # sizes that differ by less do
+AS_LARGE = 0.04  # sizes that differ by less do; of a budget of a half 0.02 is left then, at most
 
 
 def pareto(options: Sequence[Option], size: Size) -> list[Option]:
