@@ -12,7 +12,7 @@ from monarch_fx.errors import PlanMismatchError
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class Candidate:
         dtype: Of the weight, without ``torch.``.
         bias: The products add a bias.
         activated: Their results go into an activation that the operator can compute, and nowhere else.
-        together: Products that read the same activation, this one among them.
+        activation: A number for what is read, the same in all products that read the same.
+        beside: ``out_features`` of the other ones that do, in the order of their calls.
         own_bias: A bias that only these products add: its parameter, and the place among its entries of that of the
             first output.
     """
@@ -58,7 +59,8 @@ class Candidate:
     dtype: str
     bias: bool = False
     activated: bool = False
-    together: int = 1
+    activation: int | None = None
+    beside: tuple[int, ...] = ()
     own_bias: tuple[str, int] | None = None
 
     @property
@@ -300,7 +302,7 @@ def _plan(data: dict[str, Any]) -> Plan:
         item["pays"] = tuple(map(tuple, item["pays"]))
         own_bias = candidate.pop("own_bias")
         made = Candidate(
-            **{**candidate, "parameter_shape": tuple(candidate["parameter_shape"])},
+            **{**candidate, **{name: tuple(candidate[name]) for name in ("parameter_shape", "beside")}},
             own_bias=None if own_bias is None else (own_bias[0], int(own_bias[1])),
             view=MatrixView(batch, out, inp, view["offset"]),
             calls=calls,

@@ -42,6 +42,11 @@ class MonarchShape:
             )
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """``(nblocks_out, nblocks_in)``."""
+        return self.nblocks_out, self.nblocks_in
+
+    @property
     def p(self) -> int:
         """Columns of a block, padding included."""
         return -(-self.in_features // self.nblocks_in)

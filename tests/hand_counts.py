@@ -20,5 +20,5 @@ def count(
 ) -> int:
     """The value of an expression in sizes."""
     grid = (shape.nblocks_out, shape.nblocks_in, shape.rank)
-    values = (tokens, shape.in_features, shape.out_features, *grid, batch, dtype_bytes, splits)
+    values = (tokens, shape.in_features, shape.out_features, *grid, batch, dtype_bytes, splits, 1)
     return int(expression.subs(dict(zip(symbols.SIZES, values, strict=True))))

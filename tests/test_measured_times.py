@@ -196,7 +196,7 @@ KINDS = [
     {"batch": 3},
     {"workload": "training"},
     {"workload": "training", "around": Surroundings(bias=True, activated=True, recomputed=True)},
-    {"around": Surroundings(bias=True, activated=True, together=2)},
+    {"around": Surroundings(bias=True, activated=True, beside=(22,))},
     {"batch": 2, "around": Surroundings(bias=True)},
 ]
 
@@ -220,9 +220,9 @@ def test_products_of_all_kinds_are_timed(shape: Choice, kind: dict[str, Any], mo
     assert len(compiled) == 1
     products = [node for node in compiled[0].graph.nodes if "monarch_bmm" in str(node.target)]
     around = kind.get("around", Surroundings())
-    assert len(products) == (0 if shape is None else around.together)
+    assert len(products) == (0 if shape is None else 1 + len(around.beside))
     gelu = [node for node in compiled[0].graph.nodes if "gelu" in str(node.target)]
-    assert len(gelu) == (around.together if around.activated and kind.get("workload") != "training" else 0)
+    assert len(gelu) == (1 + len(around.beside) if around.activated and kind.get("workload") != "training" else 0)
 
 
 def test_many_sizes_are_compiled_each_by_itself() -> None:

@@ -260,7 +260,7 @@ class TestDecide:
 
     def test_where_a_structure_pays_the_tokens_planned_for_are_in(self) -> None:
         """A product that shares launches with two others pays at few tokens and at many ones, and not between them."""
-        product = dataclasses.replace(candidate("k", 4096, 1024), together=3)
+        product = dataclasses.replace(candidate("k", 4096, 1024), activation=0, beside=(4096, 1024))
         few, many = (
             decided([product], profile="h100", dtype="bfloat16", tokens={tokens: 1.0})["k"] for tokens in (1, 4096)
         )

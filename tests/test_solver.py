@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from monarch_fx.errors import MonarchWarning
 from monarch_fx.planning import OBJECTIVES, Option, solver
-from monarch_fx.planning.solver import best_alike, pareto, solve
+from monarch_fx.planning.solver import fastest_alike, pareto, solve
+from monarch_fx.structure import MonarchShape
 
 PARAMS = OBJECTIVES["params"]
 
@@ -31,15 +32,24 @@ class TestSolver:
     def test_of_options_with_about_the_same_error_the_fastest_is_taken(self) -> None:
         chosen = Option(None, 0.5, 2.0, 10)
         faster, bigger, worse = Option(None, 0.505, 1.0, 10), Option(None, 0.5, 0.5, 11), Option(None, 0.52, 0.5, 9)
-        assert best_alike([bigger, chosen, worse, faster], chosen, PARAMS, 0.0) == faster
-        assert best_alike([bigger, chosen, worse], chosen, PARAMS, 0.0) == chosen
+        assert fastest_alike([[bigger, chosen, worse, faster]], [chosen], PARAMS, 0.0) == [faster]
+        assert fastest_alike([[bigger, chosen, worse]], [chosen], PARAMS, 0.0) == [chosen]
 
     def test_doubt_is_in_errors_of_options_that_are_about_as_large(self) -> None:
         chosen, smaller = Option(None, 0.5, 2.0, 100), Option(None, 0.54, 0.5, 90)
         faster, fastest = Option(None, 0.54, 1.0, 97), Option(None, 0.56, 0.5, 99)
-        assert best_alike([chosen, smaller, faster, fastest], chosen, PARAMS, 0.1) == faster
-        assert best_alike([chosen, smaller, faster, fastest], chosen, PARAMS, 0.2) == fastest
-        assert best_alike([chosen, smaller, faster, fastest], chosen, PARAMS, 0.0) == chosen
+        for doubt, found in ((0.1, faster), (0.2, fastest), (0.0, chosen)):
+            assert fastest_alike([[chosen, smaller, faster, fastest]], [chosen], PARAMS, doubt) == [found]
+
+    def test_products_that_run_together_take_one_grid_where_they_may(self) -> None:
+        def option(rows: int, grid: int, time_s: float, error2: float = 0.5) -> Option:
+            return Option(MonarchShape(64, rows, grid, grid, 4), error2, time_s, 10)
+
+        wide = [option(64, 1, 1.0), option(64, 2, 1.2), option(64, 4, 1.4)]
+        narrow = [option(32, 4, 1.0), option(32, 2, 1.3), option(32, 1, 0.5, error2=0.6)]
+        assert fastest_alike([wide, narrow], [wide[0], narrow[0]], PARAMS, 0.0) == [wide[2], narrow[0]]
+        apart = fastest_alike([wide[:1], narrow], [wide[0], narrow[0]], PARAMS, 0.0)
+        assert apart == [wide[0], narrow[0]]  # its grid would cost too much of the other one
 
     @settings(max_examples=150, deadline=None)
     @given(

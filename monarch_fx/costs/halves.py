@@ -26,6 +26,7 @@ class Halves:
         units: Multiprocessors.
         in_tf32: Whether in TF32, where libraries are no faster at second halves than this library's kernels are.
         on_hopper: Whether kernels start early, and take tensor descriptors.
+        alone: Whether few tokens' halves have launches of their own, whose long sums may be cut into parts.
     """
 
     seconds: Callable[..., Seconds]
@@ -33,6 +34,7 @@ class Halves:
     units: int
     in_tf32: bool
     on_hopper: bool
+    alone: bool
 
     def forward(self, shape: MonarchShape, bias: bool = False, activated: bool = False) -> Seconds:
         """Both halves, of which the second one may add a bias and compute an activation."""
@@ -97,7 +99,7 @@ class Halves:
         rows, aligned = (self._are_aligned(of)[0], self._are_whole(of)[0]), is_aligned(ROW, of.p)
 
         def splits(tokens: int) -> int:
-            if tokens > choice.FEW_TOKENS and self.in_tf32:
+            if self.in_tf32 if tokens > choice.FEW_TOKENS else not self.alone:
                 return 1
             described = tokens > choice.FEW_TOKENS and aligned and self.on_hopper
             tile = choice.first_tile(tokens, width, n_in, of.p, self.units, described=described)

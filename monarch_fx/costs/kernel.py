@@ -32,6 +32,7 @@ from monarch_fx.costs.symbols import (
     several,
     splits,
     tile,
+    together,
     tokens,
     units,
     vector_flops,
@@ -110,7 +111,8 @@ class Product:
 
         ``units`` tiles of ``tile x tile`` results are computed at once, each of which waits for ``fill`` inner steps
         before its pipeline runs. This library's own kernels have constants of their own, and take the fastest of
-        several tiles. Of few activations a part comes from a cache.
+        several tiles, and what doesn't overlap is once for all products of a launch. Of few activations a part comes
+        from a cache.
         """
         if self.own:
             compute_s = Min(*(self._in_tiles_s(rows * tile, columns * tile) for rows, columns in OWN_TILES))
@@ -122,8 +124,9 @@ class Product:
             traffic_s = from_memory / bandwidth_bytes_per_s
         else:
             traffic_s = (self._activation_bytes + self._weight_bytes) * UNALIGNED_FLOPS_PER_BYTE / peak_flops
-        time_s = _overlapped(compute_s, traffic_s, kernel_overlap if self.own else overlap)
-        return self.launches * (self.launch + _slowed(time_s * (1 if self.whole else HALF_SECTORS), self.aligned))
+        hidden, share = (kernel_overlap, 1 / together) if self.own else (overlap, sympy.S.One)
+        time_s = _overlapped(compute_s, traffic_s, hidden, share) * (1 if self.whole else HALF_SECTORS)
+        return self.launches * (self.launch * share + _slowed(time_s, self.aligned))
 
     def _in_tiles_s(self, rows: Expr, columns: Expr) -> Expr:
         """Of a kernel of this library with such tiles: small ones do less with every operand that they take in."""
@@ -233,7 +236,7 @@ class Held:
         """What the memory takes, and then what the unit with the most programs takes in."""
         most = ceil_div(self.batch * ceil_div(self.n, self.each), units) * self.each * self.k
         operands_s = dtype_bytes * units * most / kernel_operand_bytes_per_s
-        return HELD_LAUNCH * kernel_launch_s + self.bytes_moved / bandwidth_bytes_per_s + operands_s
+        return HELD_LAUNCH * kernel_launch_s / together + self.bytes_moved / bandwidth_bytes_per_s + operands_s
 
 
 @dataclass(frozen=True)
@@ -261,7 +264,7 @@ class Ahead:
     @property
     def seconds(self) -> Expr:
         traffic_s = AHEAD_TRAFFIC * self.bytes_moved / bandwidth_bytes_per_s
-        return AHEAD_LAUNCH * kernel_launch_s + traffic_s + self.term_s * self.k
+        return (AHEAD_LAUNCH * kernel_launch_s + self.term_s * self.k) / together + traffic_s
 
 
 @dataclass(frozen=True)
@@ -400,8 +403,9 @@ class Copy:
 Kernel = Product | Copy | Fused | Total | Held | Ahead | TokenSum | Faster | Pass | Epilogue
 
 
-def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr) -> Expr:
-    return Max(compute_s, traffic_s) + (1 - hidden) * Min(compute_s, traffic_s)
+def _overlapped(compute_s: Expr, traffic_s: Expr, hidden: Expr, share: Expr = sympy.S.One) -> Expr:
+    """``share``: of what doesn't overlap."""
+    return Max(compute_s, traffic_s) + share * (1 - hidden) * Min(compute_s, traffic_s)
 
 
 def _activation_s(elements: Expr) -> Expr:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from monarch_fx.costs import formulas
 from monarch_fx.costs.halves import Halves, Seconds, is_aligned
-from monarch_fx.costs.kernel import AHEAD_LAUNCH, HELD_LAUNCH, TF32_GRADIENTS, TF32_KERNELS
+from monarch_fx.costs.kernel import TF32_GRADIENTS, TF32_KERNELS
 from monarch_fx.costs.profile import DTYPE_BYTES, DeviceProfile
 from monarch_fx.costs.symbols import DEVICE, SIZES
 from monarch_fx.kernels import choice
@@ -32,13 +32,13 @@ class Surroundings:
     Attributes:
         bias: A bias is added to the result.
         activated: An activation that this library's kernels know is computed from the result, and nothing else.
-        together: Products that read the same activations, this one among them.
+        beside: ``out_features`` of the other products that read the same activations; the first ones are run with it.
         recomputed: In training, the backward pass computes the intermediate anew.
     """
 
     bias: bool = False
     activated: bool = False
-    together: int = 1
+    beside: tuple[int, ...] = ()
     recomputed: bool = False
 
 
@@ -74,7 +74,7 @@ def dense_seconds(
         DeviceProfileError: The profile doesn't know ``dtype``.
     """
     constants = _constants(profile, dtype)
-    sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype], 1)
+    sizes = (tokens, in_features, out_features, 1, 1, 1, batch, DTYPE_BYTES[dtype], 1, 1)
     on_gpu = has_kernels(profile, dtype, batch)
     seconds = _function("dense_on_gpu" if on_gpu else "dense", workload)(*sizes, *constants)
     if on_gpu and not is_aligned(ROW, in_features, out_features):
@@ -108,44 +108,43 @@ def monarch_seconds(
     """
     constants = _constants(profile, dtype)
     rows = np.asarray(tokens)
+    beside = () if dtype == "tf32" or workload == "training" else around.beside[: choice.TOGETHER - 1]
+    together = np.where(rows <= choice.FEW_TOKENS, 1 + len(beside), 1)
 
     def seconds(of: MonarchShape, structure: str, *lowering: str | int, splits: Tokens = 1) -> Seconds:
         sizes = (tokens, of.in_features, of.out_features, of.nblocks_out, of.nblocks_in, of.rank)
-        return _function(structure, *lowering)(*sizes, batch, DTYPE_BYTES[dtype], splits, *constants)
+        return _function(structure, *lowering)(*sizes, batch, DTYPE_BYTES[dtype], splits, together, *constants)
 
     recomputed = workload == "training" and around.recomputed
     if not has_kernels(profile, dtype, batch):
         again = seconds(shape, "first_half_anew") if recomputed and batch == 1 else 0.0
         return seconds(shape, "monarch", workload) + again
     activated = _fuses(profile, dtype, batch, workload, around)
-    halves = Halves(seconds, rows, profile.units, dtype == "tf32", on_hopper=profile.fused_efficiency > 0)
+    on_hopper = profile.fused_efficiency > 0
+    halves = Halves(seconds, rows, profile.units, dtype == "tf32", on_hopper=on_hopper, alone=not beside)
     forward = halves.forward(shape, around.bias, activated)
     n_out, n_in, rank = shape.nblocks_out, shape.nblocks_in, shape.rank
     least = choice.fused_tokens(n_in, n_out, rank, shape.p, shape.s, profile.units)
-    if profile.fused_efficiency > 0 and dtype != "tf32" and math.isfinite(least):
+    if on_hopper and dtype != "tf32" and math.isfinite(least):
         held = max(choice.FUSED_WHOLE, sum(choice.fused_ranks(rank)))  # fewer take as long
         whole = shape.p % (2 * ROW) == shape.s % (2 * ROW) == 0
         small, large = (seconds(shape, "fused", held, count * choice.FUSED_TOKENS, whole) for count in (1, 2))
         fused = np.where(rows >= choice.fused_large_tokens(n_in, n_out, held, profile.units), large, small)
         forward = np.where(rows >= least, fused, forward)
-    launch_s: Seconds = profile.kernel_launch_s
     if dtype != "tf32" and workload == "inference" and is_aligned(ROW, shape.p, shape.s):
-        others = min(around.together, choice.TOGETHER)  # taken as alike
-        depth, blocks, units = n_in * rank, ([shape.s] * others, [n_out] * others), profile.units
+        count = 1 + len(beside)  # of the same grid and rank
+        of_blocks = [shape.s, *(-(-features // n_out) for features in beside)]
+        depth, blocks, units = n_in * rank, (of_blocks, [n_out] * count), profile.units
         tiles = choice.held_tiles(shape.p, depth, *blocks, units, DTYPE_BYTES[dtype])
         if tiles is not None:
             forward = np.where(rows == 1, seconds(shape, "held", *(tile.N for tile in tiles)), forward)
-            launch_s = np.where(rows == 1, HELD_LAUNCH * launch_s, launch_s)
-        if choice.ahead_tiles(shape.p, [n_out * rank] * others, [n_in] * others, depth, *blocks, units) is not None:
+        if choice.ahead_tiles(shape.p, [n_out * rank] * count, [n_in] * count, depth, *blocks, units) is not None:
             are_few = (rows > 1) & (rows <= choice.AHEAD_TOKENS)
             forward = np.where(are_few, seconds(shape, "ahead"), forward)
-            launch_s = np.where(are_few, AHEAD_LAUNCH * launch_s, launch_s)
     if workload == "training":
         kept = halves.training(shape, around.bias, recomputed=recomputed)
         # the forward pass is that of inference, and the first half runs a second time
         return kept - halves.forward(shape, around.bias) + forward + halves.first(shape) if recomputed else kept
-    shared = 0 if dtype == "tf32" else 1 - 1 / min(around.together, choice.TOGETHER)  # of both launches
-    forward = forward - np.where(rows <= choice.FEW_TOKENS, 2 * shared * launch_s, 0.0)
     return forward + seconds(shape, "epilogue") if activated else forward
 
 

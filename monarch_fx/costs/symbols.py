@@ -5,9 +5,11 @@ from sympy import Expr, Min, ceiling
 
 # fmt: off
 SIZES = sympy.symbols(
-    "tokens in_features out_features nblocks_out nblocks_in rank batch dtype_bytes splits", positive=True, integer=True
+    "tokens in_features out_features nblocks_out nblocks_in rank batch dtype_bytes splits together",
+    positive=True,
+    integer=True,
 )
-tokens, in_features, out_features, nblocks_out, nblocks_in, rank, batch, dtype_bytes, splits = SIZES
+tokens, in_features, out_features, nblocks_out, nblocks_in, rank, batch, dtype_bytes, splits, together = SIZES
 
 DEVICE = sympy.symbols(
     "peak_flops bandwidth_bytes_per_s copy_bytes_per_s tile units launch_s overlap fill "

@@ -100,7 +100,10 @@ def find_candidates(captured: Captured, model: nn.Module) -> tuple[list[Candidat
     parameters = dict(model.named_parameters(remove_duplicate=False))
     ties = tied_names(model)
     main = _main_count(use.count for uses in found.uses.values() for use in uses)
-    readers = Counter(use.x for uses in found.uses.values() for use in uses)
+    readers: dict[fx.Node, list[Use]] = {}
+    for use in itertools.chain.from_iterable(found.uses.values()):
+        readers.setdefault(use.x, []).append(use)
+    activations = {x: i for i, x in enumerate(readers)}
     candidates, declined = [], list(found.declined)
     for name, uses in found.uses.items():
         parameter = parameters[name]
@@ -119,6 +122,7 @@ def find_candidates(captured: Captured, model: nn.Module) -> tuple[list[Candidat
                 size = matrix.in_features, matrix.out_features, matrix.numel
                 declined.append(Declined(label, group[0].kind, *size, len(group), reason))
                 continue
+            loneliest = min(group, key=lambda use: len(readers[use.x]))
             candidates.append(
                 Candidate(
                     name=label,
@@ -130,7 +134,8 @@ def find_candidates(captured: Captured, model: nn.Module) -> tuple[list[Candidat
                     dtype=str(parameter.dtype).removeprefix("torch."),
                     bias=all(use.product.bias is not None for use in group),
                     activated=all(_is_activated(use.node) for use in group),
-                    together=min(readers[use.x] for use in group),
+                    activation=activations[loneliest.x],
+                    beside=tuple(u.product.matrix.out_features for u in readers[loneliest.x] if u is not loneliest),
                     own_bias=_own_bias(matrix, group, found, ties),
                 )
             )

@@ -13,6 +13,7 @@ import numpy as np
 from monarch_fx.config import MonarchConfig
 from monarch_fx.costs import DeviceProfile, Stopwatch
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
+from monarch_fx.kernels import choice
 from monarch_fx.planning.options import Option, is_forced, shapes
 from monarch_fx.planning.refine import Measure, Refined, choose
 from monarch_fx.planning.solver import Size, pareto
@@ -93,6 +94,7 @@ def decide(
     dense = [(candidate, None) for candidate in candidates]
     times.measure(dense)
     products = [Refined((measure or {}).get(candidate.name)) for candidate in candidates]
+    groups = _together(candidates, times.run)
     while True:
         menus = [_menu(candidate, errors.get(candidate.name, {}), config, budget, times) for candidate in candidates]
         for menu, product in zip(menus, products, strict=True):
@@ -101,7 +103,8 @@ def decide(
         if budget is None or is_forced(config, budget):
             chosen, why = [product.measured(product.options[0]) for product in products], "forced by config"
         else:
-            chosen, why, shortfall = _within(budget, objective, menus, products, _weights(candidates, losses), doubt)
+            weights = _weights(candidates, losses)
+            chosen, why, shortfall = _within(budget, objective, menus, products, weights, doubt, groups)
         choices = [(menu.candidate, option.shape) for menu, option in zip(menus, chosen, strict=True)]
         if not times.measure(choices) and not times.confirm([*dense, *choices]):
             break
@@ -150,7 +153,7 @@ def _menu(
     found = [
         Option(
             shape,
-            error2=max(0.0, float(errors[shape.nblocks_out, shape.nblocks_in][shape.rank])),
+            error2=max(0.0, float(errors[shape.grid][shape.rank])),
             time_s=times.seconds(candidate, shape),
             params=candidate.batch * shape.params,
         )
@@ -178,6 +181,19 @@ def _weights(candidates: Sequence[Candidate], losses: Mapping[str, float] | None
     return [losses.get(c.name, usual * w) for c, w in zip(candidates, work, strict=True)]
 
 
+def _together(candidates: Sequence[Candidate], run: Run) -> list[list[int]]:
+    """Places of candidates whose kernels run together in the planned run, up to ``TOGETHER``; others stand alone."""
+    groups: list[list[int]] = []
+    readers: dict[int | None, list[int]] = {}
+    for i, candidate in enumerate(candidates):
+        group = readers.get(candidate.activation, [])
+        if not run.beside(candidate) or not 0 < len(group) < choice.TOGETHER:
+            groups.append(group := [])
+            readers[candidate.activation] = group
+        group.append(i)
+    return groups
+
+
 def _within(
     budget: float,
     objective: str,
@@ -185,6 +201,7 @@ def _within(
     products: Sequence[Refined],
     weights: Sequence[float],
     doubt: float,
+    groups: Sequence[Sequence[int]],
 ) -> tuple[list[Option], str, str]:
     """The best choice under the budget, and why; or the smallest one, why, and what is in the budget's way."""
     size = OBJECTIVES[objective]
@@ -192,7 +209,8 @@ def _within(
     smallest = [pareto(menu.options, size)[0] for menu in menus]
     reached = sum(map(size, smallest))
     if reached <= budget * dense:
-        return choose(products, weights, budget * dense, size, doubt), "smallest error under the budget", ""
+        chosen = choose(products, weights, budget * dense, size, doubt, groups)
+        return chosen, "smallest error under the budget", ""
     shortfall = (
         f"The budget {budget:g} can't be reached, {reached / dense:.3f} is the closest. In the way: "
         f"{_in_the_way(budget, size, menus, smallest)}."

@@ -32,6 +32,11 @@ class Option:
     time_s: float
     params: int
 
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """Of the structure; None for dense."""
+        return None if self.shape is None else self.shape.grid
+
 
 def grids(candidate: Candidate, config: MonarchConfig) -> tuple[tuple[int, int], ...]:
     """The (nblocks_out, nblocks_in) that are considered; empty where a forced grid has more blocks than the matrix rows

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from tqdm.auto import tqdm
 
 from monarch_fx.planning.options import Option
-from monarch_fx.planning.solver import Size, best_alike, price, solve
+from monarch_fx.planning.solver import Size, fastest_alike, price, solve
 from monarch_fx.structure import MonarchShape
 
 CONTENDERS = 3  # grids of a product that are measured before the problem is solved
@@ -52,12 +52,12 @@ class Refined:
             return option.error2
         nblocks = shape.nblocks_out * shape.nblocks_in
         usual = 1.0 if self.measure is None else nblocks**-COUPLING
-        return self.found.get(shape, option.error2 * self.factors.get(_grid(shape), usual))
+        return self.found.get(shape, option.error2 * self.factors.get(shape.grid, usual))
 
     def is_rough(self, option: Option) -> bool:
         """Whether the option's error is an estimate that measuring would change."""
         shape = option.shape
-        return self.measure is not None and shape is not None and _grid(shape) != (1, 1) and shape not in self.found
+        return self.measure is not None and shape is not None and shape.grid != (1, 1) and shape not in self.found
 
     def measured(self, option: Option) -> Option:
         """The option with its error as measured, where it is rough."""
@@ -67,7 +67,7 @@ class Refined:
         self.found[shape] = self.measure(shape)
         estimate = self.estimates[shape].error2
         if estimate > 0:
-            self.factors[_grid(shape)] = self.found[shape] / estimate
+            self.factors[shape.grid] = self.found[shape] / estimate
         return dataclasses.replace(option, error2=self.found[shape])
 
     def contenders(self, weight: float, price_of_one: float, size: Size) -> list[Option]:
@@ -79,22 +79,31 @@ class Refined:
         best: dict[Grid, Option] = {}
         for option in sorted(filter(self.is_rough, self.options), key=cost):
             assert option.shape is not None
-            best.setdefault(_grid(option.shape), option)
+            best.setdefault(option.shape.grid, option)
         return list(best.values())[:CONTENDERS]
 
 
 def choose(
-    products: Sequence[Refined], weights: Sequence[float], limit: float, size: Size, doubt: float
+    products: Sequence[Refined],
+    weights: Sequence[float],
+    limit: float,
+    size: Size,
+    doubt: float,
+    groups: Sequence[Sequence[int]],
 ) -> list[Option]:
     """One option of each product, the best under the limit by errors that were measured where estimates are rough.
 
-    ``doubt`` as of ``best_alike``.
+    ``doubt`` as of ``fastest_alike``; ``groups``: places of products that run together, each in one of them.
     """
 
     def solved() -> list[Option]:
         options = [product.options for product in products]
         best = solve(options, weights, limit, size)
-        return [best_alike(choices, option, size, doubt) for choices, option in zip(options, best, strict=True)]
+        for group in groups:
+            found = fastest_alike([options[i] for i in group], [best[i] for i in group], size, doubt)
+            for i, option in zip(group, found, strict=True):
+                best[i] = option
+        return best
 
     rough: list[tuple[Refined, Option]] = []
     if any(product.measure is not None for product in products):
@@ -110,7 +119,3 @@ def choose(
             if not rough:
                 return chosen
             bar.total += len(rough)
-
-
-def _grid(shape: MonarchShape) -> Grid:
-    return shape.nblocks_out, shape.nblocks_in

@@ -103,16 +103,35 @@ def _program(
     return cost, scipy.optimize.Bounds(np.zeros(len(flat)), ones), one_each, shares
 
 
-def best_alike(options: Sequence[Option], chosen: Option, size: Size, doubt: float) -> Option:
-    """The fastest option that is no larger than ``chosen`` and has about its error, with the fewest parameters.
+def fastest_alike(
+    options: Sequence[Sequence[Option]], chosen: Sequence[Option], size: Size, doubt: float
+) -> list[Option]:
+    """Of products that run together: the fastest options that are no larger than the chosen ones, have about their
+    errors, and one grid if that can be; with the fewest parameters.
 
     Grids are often closer to each other than the estimate of the error is to what the model will lose. Where options
-    are about as large, their squared errors count as equal within ``doubt``, too.
+    are about as large, their squared errors count as equal within ``doubt``, too. A kernel cuts all of its products
+    into the same tiles, which suit blocks of one size: times are predicted for such.
     """
+    alike = [
+        [option for option in every if _is_alike(option, one, size, doubt)]
+        for every, one in zip(options, chosen, strict=True)
+    ]
+    grids = set.intersection(*({option.grid for option in every} for every in alike))
+    same = [[_fastest([option for option in every if option.grid == grid]) for every in alike] for grid in grids]
+    if not same:
+        return [_fastest(every) for every in alike]
+    return min(same, key=lambda found: tuple(sum(values) for values in zip(*map(_order, found), strict=True)))
 
-    def is_alike(option: Option) -> bool:
-        most = size(chosen)
-        within = max(ALIKE, doubt) if size(option) >= (1 - AS_LARGE) * most else ALIKE
-        return size(option) <= most and option.error2 <= (1 + within) * chosen.error2
 
-    return min(filter(is_alike, options), key=lambda o: (o.time_s, o.params, o.error2))
+def _is_alike(option: Option, chosen: Option, size: Size, doubt: float) -> bool:
+    within = max(ALIKE, doubt) if size(option) >= (1 - AS_LARGE) * size(chosen) else ALIKE
+    return size(option) <= size(chosen) and option.error2 <= (1 + within) * chosen.error2
+
+
+def _fastest(options: Sequence[Option]) -> Option:
+    return min(options, key=_order)
+
+
+def _order(option: Option) -> tuple[float, float, float]:
+    return option.time_s, option.params, option.error2

@@ -46,7 +46,7 @@ class Times:
         if self.stopwatch is None:
             return predicted
         kind = self._kind(candidate)
-        return self.found.get((kind, shape), predicted * self.factors.get((kind, _grid(shape)), HOPE))
+        return self.found.get((kind, shape), predicted * self.factors.get((kind, shape and shape.grid), HOPE))
 
     def measure(self, choices: Iterable[Choice]) -> bool:
         """Times what was not timed; whether there was anything."""
@@ -69,7 +69,7 @@ class Times:
             rows = self.run.rows(candidate).items()
             seconds = sum(weight * self.stopwatch(count, *size, shape, **setting) for count, weight in rows)
             self.found[key] = min(seconds, self.found.get(key, math.inf))
-            self.factors[kind, _grid(shape)] = self.found[key] / self._predicted(candidate, shape)
+            self.factors[kind, shape and shape.grid] = self.found[key] / self._predicted(candidate, shape)
         return bool(new)
 
     def pays(self, candidate: Candidate, shape: MonarchShape, ratio: float) -> tuple[tuple[int, int | None], ...]:
@@ -90,7 +90,3 @@ class Times:
             kind = candidate.in_features, candidate.out_features, rows, *self.run.setting(candidate).values()
             self._kinds[candidate.name] = kind
         return self._kinds[candidate.name]
-
-
-def _grid(shape: MonarchShape | None) -> tuple[int, int] | None:
-    return None if shape is None else (shape.nblocks_out, shape.nblocks_in)

@@ -61,10 +61,13 @@ class Run:
 
     def setting(self, candidate: Candidate, recomputed: bool = False) -> dict[str, Any]:
         """What the costs of one candidate depend on besides device, tokens and structure."""
-        are_few = self.workload == "inference" and min(self.rows(candidate), default=0) <= choice.FEW_TOKENS
-        together = candidate.together if are_few else 1
-        around = Surroundings(candidate.bias, candidate.activated, together, recomputed)
+        around = Surroundings(candidate.bias, candidate.activated, self.beside(candidate), recomputed)
         return {"batch": candidate.batch, "dtype": self.dtype, "workload": self.workload, "around": around}
+
+    def beside(self, candidate: Candidate) -> tuple[int, ...]:
+        """``out_features`` of the other products that may run with it, of few tokens in inference."""
+        are_few = self.workload == "inference" and min(self.rows(candidate), default=0) <= choice.FEW_TOKENS
+        return candidate.beside if are_few else ()
 
 
 def token_mix(tokens: Tokens, candidates: Sequence[Candidate], given: bool) -> tuple[dict[int, float], str]:

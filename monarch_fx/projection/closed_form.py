@@ -41,11 +41,12 @@ def project(weight: Tensor, shape: MonarchShape) -> Monarch:
     side = min(shape.p, shape.s)
     if shape.rank > side:
         raise StructureError(f"Blocks of {shape.s}x{shape.p} have no rank {shape.rank}: use at most {side}.")
-    grid = (shape.nblocks_out, shape.nblocks_in)
     monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, weight.dtype, weight.device)
     batched = weight.detach(), monarch.L, monarch.R
     for matrix, L, R in zip(*(t if weight.ndim == 3 else t[None] for t in batched), strict=True):
-        left, right = _factor(cut(matrix, grid), shape.rank)  # one by one: wide copies of all experts would not fit
+        left, right = _factor(
+            cut(matrix, shape.grid), shape.rank
+        )  # one by one: wide copies of all experts would not fit
         L.copy_(left)
         R.copy_(right.transpose(0, 1))
     return monarch

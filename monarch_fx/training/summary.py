@@ -51,7 +51,7 @@ def training_summary(model: nn.Module, device: str | DeviceProfile | None = None
     def kept(decision: Decision, rewritten: bool) -> float:
         """Numbers: the inputs, and the intermediate of a Monarch product."""
         candidate, shape = decision.candidate, decision.shape
-        numbers = candidate.in_features / candidate.together
+        numbers = candidate.in_features / (1 + len(candidate.beside))
         if rewritten and shape is not None and not recomputed(decision):
             numbers += shape.nblocks_out * shape.nblocks_in * shape.rank
         return numbers * candidate.batch * rows(decision)
