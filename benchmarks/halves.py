@@ -14,7 +14,7 @@ from benchmarks.gpu import ROUNDING, graph_seconds
 from benchmarks.registry import Table, benchmark
 from benchmarks.unaligned import times
 from monarch_fx.costs import monarch_seconds, resolve
-from monarch_fx.kernels import gpu
+from monarch_fx.kernels.halves import both_halves, first_half_by_rows, launchers, one_kernel_tokens
 from monarch_fx.structure import Monarch, MonarchShape
 
 TOKENS = 16384
@@ -103,10 +103,10 @@ def first_halves() -> Iterator[Table]:
             found = t.unflatten(2, (n_in, rank)).transpose(1, 2)
 
             def ours(operands: tuple[Tensor, ...] = (x, R, t)) -> None:
-                gpu._triton().first_half(*operands)
+                launchers().launch.first_half(*operands)
 
             def library(x: Tensor = x, R: Tensor = R, t: Tensor = t) -> None:
-                gpu.first_half_by_rows(x, R, out=t)
+                first_half_by_rows(x, R, out=t)
 
             exact = torch.stack([blocks.double() @ R[:, j].mT.double() for j in range(n_out)])
             seconds = {}
@@ -127,7 +127,7 @@ def one_kernel() -> Iterator[Table]:
     """Small products with a bias: dense, both halves, and the kernel that runs whole products."""
     rivals = "dense", "both halves", "one kernel"
     table = Table(("tokens", "features", "grid, rank", *(f"{rival} us" for rival in rivals), "taken"))
-    launch = gpu._triton()
+    launch = launchers().launch
     for tokens in (2048, 3072, 4096, 6144, 8192, TOKENS, 2 * TOKENS):
         for features, nblocks, rank in SMALL:
             shape = MonarchShape(features, features, nblocks, nblocks, rank)
@@ -139,7 +139,7 @@ def one_kernel() -> Iterator[Table]:
             y = torch.empty_like(x)
 
             def halves(x: Tensor = x, R: Tensor = R, L: Tensor = L, y: Tensor = y, bias: Tensor = bias) -> None:
-                gpu.both_halves(x, R, L, y, bias, None, "none")
+                both_halves(x, R, L, y, bias, None, "none")
 
             def whole(x: Tensor = x, R: Tensor = R, L: Tensor = L, y: Tensor = y, bias: Tensor = bias) -> None:
                 launch.whole(x, R, L, y, bias, None, "none")
@@ -151,7 +151,7 @@ def one_kernel() -> Iterator[Table]:
                 check_exact(f"{run.__name__}, {shape}", y[:256], exact, ROUNDING)
             runs = functools.partial(F.linear, x, weight, bias), halves, whole
             seconds = dict(zip(rivals, (graph_seconds([run] * 4) for run in runs), strict=True))
-            least = gpu.one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
+            least = one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
             taken = rivals[1 + (tokens >= least)]
             cells = *(f"{s * 1e6:.1f}" for s in seconds.values()), taken
             table.rows.append((f"{tokens}", f"{features}", str(shape), *cells))

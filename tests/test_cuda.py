@@ -388,13 +388,13 @@ def test_a_kernel_that_fails_says_so_once(
 ) -> None:
     from triton.errors import TritonError
 
-    from monarch_fx.kernels import gpu
+    from monarch_fx.kernels import halves
 
     def fails(*operands: object) -> None:
         raise TritonError("out of shared memory")
 
     monkeypatch.setattr(f"monarch_fx.kernels.{launcher}", fails)
-    monkeypatch.setattr(gpu, "_failed", set())
+    monkeypatch.setattr(halves, "_failed", set())
     layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(tokens, 96, device="cuda", dtype=torch.bfloat16)
     exact, scale = exact_and_scale(x.double(), layer)
@@ -406,13 +406,13 @@ def test_a_kernel_that_fails_says_so_once(
 
 
 def test_products_together_that_fail_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from monarch_fx.kernels import few, gpu
+    from monarch_fx.kernels import few, halves
 
     def fails(*operands: object) -> None:
         raise RuntimeError("out of shared memory")
 
     monkeypatch.setattr(few, "products", fails)
-    monkeypatch.setattr(gpu, "_failed", set())
+    monkeypatch.setattr(halves, "_failed", set())
     layer = mfx.MonarchLinear(96, 96, 2, 16, device="cuda", dtype=torch.bfloat16)
     x = torch.randn(4, 96, device="cuda", dtype=torch.bfloat16)
     operands = (x, [layer.weight.R] * 2, [layer.weight.L] * 2, [layer.bias, None])
@@ -427,7 +427,7 @@ def test_products_together_that_fail_run_one_by_one(monkeypatch: pytest.MonkeyPa
 def test_a_compiled_product_whose_kernel_fails_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from triton.errors import TritonError
 
-    from monarch_fx.kernels import emitted, gpu, launch
+    from monarch_fx.kernels import emitted, halves, launch
 
     def fails(*operands: object) -> None:
         raise TritonError("out of shared memory")
@@ -438,7 +438,7 @@ def test_a_compiled_product_whose_kernel_fails_says_so_once(monkeypatch: pytest.
     with torch.no_grad():
         expected = compiled(x)
         monkeypatch.setattr(launch.Launch, "__call__", fails)
-        monkeypatch.setattr(gpu, "_failed", set())
+        monkeypatch.setattr(halves, "_failed", set())
         monkeypatch.setattr(emitted, "_failed", set())
         with pytest.warns(MonarchWarning, match=r"failed on .*out of shared memory"):
             y = compiled(x)

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import monarch_fx as mfx
-from monarch_fx.kernels import gpu, padding
+from monarch_fx.kernels import gpu, halves, padding
 from monarch_fx.kernels.reference import ACTIVATIONS
 
 SHAPES = [(5, 2, 3, 4, 6, 7), (4, 1, 3, 5, 8, 6), (6, 3, 1, 2, 5, 9), (5, 1, 1, 3, 6, 8)]
@@ -236,9 +236,9 @@ def test_float32_has_its_bias_and_activation_behind_the_product(monkeypatch: pyt
 
 def test_no_kernel_runs_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """A recomputed intermediate takes this way, too, whatever the GPU has."""
-    monkeypatch.setattr(gpu, "_triton", lambda: None)
+    monkeypatch.setattr(halves, "launchers", lambda: None)
     x = SimpleNamespace(is_cuda=True, dtype=torch.float16)
-    assert not gpu._ran("the first half", "first_half", x, x)
+    assert not halves.ran("the first half", "first_half", x, x)
 
 
 GROUP = [(2, 3, 4, 7), (1, 1, 5, 21), (4, 1, 2, 9)]  # n_in, n_out, rank, s of products of 12 features
@@ -342,7 +342,7 @@ PADDED = [
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """Rank, p and s of every product that is computed."""
     seen = []
-    first, second, differentiable = gpu.first_half, gpu.second_half_by_library, gpu._differentiable
+    first, second, differentiable = halves.first_half, halves.second_half_by_library, gpu._differentiable
 
     def watched_differentiable(
         x: torch.Tensor, R: torch.Tensor, L: torch.Tensor, *rest: object, **options: object
@@ -361,8 +361,8 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         second(t, L, *rest)
 
     monkeypatch.setattr(gpu, "_differentiable", watched_differentiable)
-    monkeypatch.setattr(gpu, "first_half", watched_first)
-    monkeypatch.setattr(gpu, "second_half_by_library", watched_second)
+    monkeypatch.setattr(halves, "first_half", watched_first)
+    monkeypatch.setattr(halves, "second_half_by_library", watched_second)
     return seen
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
-from monarch_fx.kernels import choice, gpu
+from monarch_fx.kernels import choice, gpu, halves
 
 pytest.importorskip("triton")
 emitted = pytest.importorskip("monarch_fx.kernels.emitted")
@@ -142,7 +142,7 @@ def test_halves_of_many_tokens(
     tokens: int, shape: tuple, are_kernels: tuple[bool, bool], biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice, "ROWS_FLOPS", 1e6)
-    monkeypatch.setattr(gpu, "units", lambda device: 8)
+    monkeypatch.setattr(halves, "units", lambda device: 8)
     x, (R,), (L,), (bias,) = operands(tokens, (shape,), (biased,))
     x = torch.cat([x, x])  # from the middle of which the product takes its rows
 
@@ -196,7 +196,7 @@ def test_an_epilogue_of_many_tokens(gated: bool) -> None:
 
 def test_unaligned_ranks_and_products_of_one_kernel_are_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     x, (R, other), (L, another), _ = operands(512, ((2, 3, 20, 24), (1, 1, 64, 64)), (False, False))
-    monkeypatch.setattr(gpu, "one_kernel_tokens", lambda dtype, device, R, L: choice.fused_tokens(*R, L[3], units=2))
+    monkeypatch.setattr(halves, "one_kernel_tokens", lambda dtype, device, R, L: choice.fused_tokens(*R, L[3], units=2))
 
     def compute(x: Tensor, R: Tensor, L: Tensor, other: Tensor, another: Tensor) -> tuple[Tensor, ...]:
         small = gpu.product(x[:, :64], other[..., :64], another, None, None, "gelu")

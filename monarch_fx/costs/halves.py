@@ -1,4 +1,4 @@
-"""Seconds of Monarch products on a GPU as two halves, with what padding adds: ``kernels/gpu.py``, priced."""
+"""Seconds of Monarch products on a GPU as two halves, with what padding adds: ``kernels/halves.py``, priced."""
 
 from __future__ import annotations
 

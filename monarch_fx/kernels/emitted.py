@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.errors import TritonError
 
-from monarch_fx.kernels import gpu
+from monarch_fx.kernels import gpu, halves
 from monarch_fx.kernels.few import filled, launches_alone, launches_together
 from monarch_fx.kernels.launch import ALIGNED, REMEMBERED, Launch, SplitLaunch, first_launch, second_launch
 
@@ -213,10 +213,10 @@ def half_of_many_tokens(*operands: Tensor, half: str, out: Tensor) -> None:
                 _failed.add(half)  # the operator meets the same, and says so
     known = Half(*ast.literal_eval(half))
     if known.is_first:
-        out.copy_(gpu.first_half(*operands))
+        out.copy_(halves.first_half(*operands))
         return
     rest = iter(operands)
     t, L = next(rest), next(rest)
     has_bias, activation, gated = known.kinds
     bias, gate = next(rest) if has_bias else None, next(rest) if gated else None
-    gpu.second_half(t, L, out, bias, gate, activation)
+    halves.second_half(t, L, out, bias, gate, activation)

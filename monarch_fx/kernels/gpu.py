@@ -1,22 +1,15 @@
 """What monarch_bmm runs on a GPU: products that write their results where the next one reads them, without copies.
 
-A product has two halves, or is one kernel where that is faster. The first half stores its result block-transposed (a
-Triton kernel, or cuBLAS where one row or column of blocks leaves nothing to transpose, or for two large rows); the
-second writes strided rows (one cuBLAS call, or a Triton kernel where tokens are few or the result gets a bias or an
-activation).
-Several products that read the same few tokens run half by half together. The backward pass runs the same halves with
-the factors swapped, since the transposed matrix is Monarch(L, R). Sizes that would slow them down are padded
-(``padding.py``). On a CPU, where it is tested, and where a kernel fails, plain batched products do the same.
+A product has two halves (``halves.py``), or is one kernel where that is faster. The first half stores its result
+block-transposed, the second one writes strided rows. Several products that read the same few tokens run half by half
+together. The backward pass runs the same halves with the factors swapped, since the transposed matrix is Monarch(L, R).
+Sizes that would slow them down are padded (``padding.py``). Inner operators are opaque: compilers see them as they are.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 import math
-import operator
-import types
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,39 +19,20 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
-from monarch_fx.errors import MonarchWarning
-from monarch_fx.kernels import padding, reference
-from monarch_fx.kernels.choice import (
-    FEW_TOKENS,
-    SOME_TOKENS,
-    TOGETHER,
-    are_summed_apart,
-    fused_tokens,
-    is_own_second,
-    library_tokens,
-)
-
-HALF = (torch.bfloat16, torch.float16)
+from monarch_fx.kernels import halves, padding, reference
+from monarch_fx.kernels.choice import FEW_TOKENS, SOME_TOKENS, TOGETHER, are_summed_apart
 
 
 def serves(x: Tensor, R: Tensor) -> bool:
     """Whether these kernels take the product: half precision or TF32 on a GPU, one matrix, no function transform."""
-    return x.is_cuda and R.dim() == 4 and computes(_dtype(x)) and not _are_transformed() and _triton() is not None
+    if not x.is_cuda or R.dim() != 4 or _are_transformed():
+        return False
+    return halves.computes(_dtype(x)) and halves.launchers() is not None
 
 
 def takes_epilogue(x: Tensor) -> bool:
     """Whether bias and activation cost less in these kernels than behind them; for TF32 see ``choice.tf32_tokens``."""
     return _dtype(x) != torch.float32
-
-
-def uses_tf32() -> bool:
-    """Whether PyTorch multiplies float32 matrices in TF32 on a GPU: ``torch.set_float32_matmul_precision("high")``."""
-    return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
-
-
-def computes(dtype: torch.dtype) -> bool:
-    """Whether there are kernels for it."""
-    return dtype in HALF or (dtype == torch.float32 and uses_tf32())
 
 
 def _dtype(x: Tensor) -> torch.dtype:
@@ -83,25 +57,12 @@ def serves_together(x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Te
     """Whether these kernels take several products of x together: without padding, broadcast biases or gradients."""
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, *R, *L, *biases)):
         return False
-    if _dtype(x) not in HALF or not all(
+    if _dtype(x) not in halves.HALF or not all(
         serves(x, factor) and x.shape[-1] == factor.shape[0] * factor.shape[3] for factor in R
     ):
         return False
     rows = [factor.shape[0] * factor.shape[3] for factor in L]
     return all(bias is None or bias.shape == (count,) for bias, count in zip(biases, rows, strict=True))
-
-
-@functools.cache
-def _triton() -> Any:
-    """What launches the Triton kernels, None where there is no Triton. Imported here alone: CPU users need none."""
-    try:
-        launchers = {name: importlib.import_module(f"monarch_fx.kernels.{name}") for name in ("few", "launch")}
-    except ImportError as error:
-        warnings.warn(f"Monarch products run on slower kernels, without Triton: {error}.", MonarchWarning, stacklevel=2)
-        return None
-    importlib.import_module("monarch_fx.kernels.inductor").install()
-    importlib.import_module("monarch_fx.kernels.lowering").register()
-    return types.SimpleNamespace(**launchers)
 
 
 def products(
@@ -163,7 +124,7 @@ def _is_open(x: Tensor, R: Tensor, L: Tensor) -> bool:
     are_many = statically_known_true(x.shape[0] > SOME_TOKENS)  # without a guard where their number is symbolic
     if not (n_in == n_out == 1 and padding.is_aligned(rank) and are_many):
         return False
-    least = one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
+    least = halves.one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
     return math.isinf(least) or not statically_known_true(x.shape[0] >= least)
 
 
@@ -198,18 +159,18 @@ def products_together(
 
 def _product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
     """x (tokens, n_in * p) -> (tokens, n_out * s): ``act(M x + bias)``, or ``act(gate) * (M x + bias)``."""
-    x, R, L, tokens = _rows(x), R.contiguous(), L.contiguous(), x.shape[0]
+    x, R, L, tokens = halves.rows_of(x), R.contiguous(), L.contiguous(), x.shape[0]
     y = x.new_empty(tokens, L.shape[0] * L.shape[3])
     if tokens == 0:
         return y
-    bias, gate = None if bias is None else bias.contiguous(), None if gate is None else _rows(gate)
-    if tokens <= FEW_TOKENS and _ran("both halves", "few.product", x, R, L, y, bias, gate, activation):
+    bias, gate = None if bias is None else bias.contiguous(), None if gate is None else halves.rows_of(gate)
+    if tokens <= FEW_TOKENS and halves.ran("both halves", "few.product", x, R, L, y, bias, gate, activation):
         return y
-    is_one = tokens >= one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
-    if not (is_one and _ran("one kernel", "launch.whole", x, R, L, y, bias, gate, activation)):
+    is_one = tokens >= halves.one_kernel_tokens(x.dtype, x.device, R.shape, L.shape)
+    if not (is_one and halves.ran("one kernel", "launch.whole", x, R, L, y, bias, gate, activation)):
         if not padding.is_aligned(R.shape[2]) and tokens >= padding.PADDED_TOKENS:
             R, L = padding.pad_ranks(R, L)
-        both_halves(x, R, L, y, bias, gate, activation)
+        halves.both_halves(x, R, L, y, bias, gate, activation)
     return y
 
 
@@ -218,10 +179,10 @@ def _together(
 ) -> list[Tensor]:
     """x (tokens, in_features) -> each (tokens, n_out * s); with ``gated`` one, ``gated(first product) * second``."""
     if 0 < x.shape[0] <= FEW_TOKENS and len(R) <= TOGETHER:
-        x, R, L = _rows(x), [factor.contiguous() for factor in R], [factor.contiguous() for factor in L]
+        x, R, L = halves.rows_of(x), [factor.contiguous() for factor in R], [factor.contiguous() for factor in L]
         biases = [bias if bias is None else bias.contiguous() for bias in biases]
         y = _fake_together(x, R, L, biases, gated)
-        if _ran("several products", "few.products", x, R, L, y, biases, gated):
+        if halves.ran("several products", "few.products", x, R, L, y, biases, gated):
             return y
     if gated is None:
         return [_product(x, *factors, None, "none") for factors in zip(R, L, biases, strict=True)]
@@ -231,16 +192,16 @@ def _together(
 
 def _product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """x (tokens, n_in * p) -> (tokens, n_out * s), and the intermediate (n_out, tokens, n_in * rank) for gradients."""
-    x, R, L = _rows(x), R.contiguous(), L.contiguous()
+    x, R, L = halves.rows_of(x), R.contiguous(), L.contiguous()
     y = x.new_empty(len(x), L.shape[0] * L.shape[3])
-    return y, both_halves(x, R, L, y, None if bias is None else bias.contiguous(), None, "none")
+    return y, halves.both_halves(x, R, L, y, None if bias is None else bias.contiguous(), None, "none")
 
 
 def _left_gradient(x: Tensor, R: Tensor, grad: Tensor) -> Tensor:
     """Of grad (tokens, n_out * s), with the intermediate computed anew from x (tokens, n_in * p)."""
     n_in, n_out, rank, _ = R.shape
-    t, grad = first_half(_rows(x), R.contiguous()), _rows(grad)
-    return _sums(t, _blocks(grad, n_out)).unflatten(1, (n_in, rank))
+    t, grad = halves.first_half(halves.rows_of(x), R.contiguous()), halves.rows_of(grad)
+    return _sums(t, halves.blocks_of(grad, n_out)).unflatten(1, (n_in, rank))
 
 
 def _sums(a: Tensor, b: Tensor) -> Tensor:
@@ -248,150 +209,6 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype == torch.float32 and are_summed_apart(len(a), a.shape[2], b.shape[2]):
         return torch.stack([torch.mm(one.mT, other) for one, other in zip(a, b, strict=True)])
     return torch.bmm(a.mT, b)
-
-
-def both_halves(
-    x: Tensor, R: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
-) -> Tensor:
-    """Writes ``y`` (tokens, n_out * s), and gives the intermediate (n_out, tokens, n_in * rank)."""
-    t, kinds = first_half(x, R), (bias is not None, activation, gate is not None)
-    if len(x) == 0:
-        return t
-    if is_second_kernel(x.dtype, x.device, len(x), R.shape, L.shape, *kinds):
-        second_half(t, L, y, bias, gate, activation)
-    else:
-        second_half_by_library(t, L, y, bias, gate, activation)
-    return t
-
-
-def first_half(x: Tensor, R: Tensor) -> Tensor:
-    """The intermediate (n_out, tokens, n_in * rank)."""
-    n_in, n_out, rank, p = R.shape
-    tokens, t = len(x), _intermediate(x, R)
-    by_library = tokens >= library_tokens(n_in, n_out, rank, p, units(x.device), x.dtype.itemsize)
-    if tokens == 0 or (not by_library and _ran("the first half", "launch.first_half", x, R, t)):
-        return t
-    if n_in == 1:
-        torch.mm(x, R.flatten(0, 2).mT, out=t.transpose(0, 1).flatten(1))
-        return t
-    first_half_by_rows(x, R, out=t)
-    return t
-
-
-def first_half_by_rows(x: Tensor, R: Tensor, *, out: Tensor) -> None:
-    """Into ``out`` (n_out, tokens, n_in * rank), one call of a library for each row of blocks."""
-    blocks = _blocks(x, len(R))
-    for row, factors in zip(out, R.unbind(1), strict=True):
-        torch.bmm(blocks, factors.mT, out=_blocks(row, len(R)))
-
-
-def second_half(t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> None:
-    """Writes ``y`` (tokens, n_out * s) by a Triton kernel, or where there is none by a library."""
-    if not _ran("the second half", "launch.second_half", t, L, y, bias, gate, activation):
-        second_half_by_library(t, L, y, bias, gate, activation)
-
-
-def second_half_by_library(
-    t: Tensor, L: Tensor, y: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str
-) -> None:
-    """Writes ``y`` (tokens, n_out * s)."""
-    n_out = L.shape[0]
-    if n_out == 1 and bias is not None:
-        torch.addmm(bias, t[0], L.flatten(0, 2), out=y)
-    else:
-        torch.bmm(t, L.flatten(1, 2), out=_blocks(y, n_out))
-        if bias is not None:
-            y += bias
-    if gate is not None or activation != "none":
-        y.copy_(reference.activated(y, gate, activation))
-
-
-def one_kernel_tokens(dtype: torch.dtype, device: torch.device, R: Sequence[int], L: Sequence[int]) -> float:
-    """From how many tokens one kernel runs the whole product with factors of these sizes; infinity: never."""
-    triton = _triton() if device.type == "cuda" and dtype in HALF else None
-    n_in, n_out, rank, p = R
-    return math.inf if triton is None else fused_tokens(n_in, n_out, rank, p, L[3], units(device))
-
-
-def is_second_kernel(
-    dtype: torch.dtype,
-    device: torch.device,
-    tokens: int,
-    R: Sequence[int],
-    L: Sequence[int],
-    has_bias: bool,
-    activation: str,
-    has_gate: bool,
-) -> bool:
-    """Whether the second half is a Triton kernel: where a library's would take a pass more, or longer."""
-    n_in, n_out, rank, p = R
-    if tokens <= FEW_TOKENS or dtype not in HALF:
-        return tokens <= FEW_TOKENS
-    is_plain = not has_gate and activation == "none" and (not has_bias or n_out == 1)
-    if not (is_plain and _starts_early(device)):
-        return not is_plain
-    after_library = tokens >= library_tokens(n_in, n_out, rank, p, units(device), dtype.itemsize)
-    return is_own_second(tokens, L[3], n_in * rank, n_out, units(device), after_library=after_library)
-
-
-def _starts_early(device: torch.device) -> bool:
-    """Whether a kernel can start before the one in front of it has ended; on a CPU as on such a GPU."""
-    triton = _triton() if device.type == "cuda" else None
-    return triton is None or bool(triton.launch.has_hopper_features(device))
-
-
-def units(device: torch.device) -> int:
-    """Multiprocessors of a GPU that these kernels run on, else 1."""
-    triton = _triton() if device.type == "cuda" else None
-    return 1 if triton is None else triton.launch.units(device)
-
-
-_failed: set[tuple[Any, ...]] = set()
-
-
-def _ran(what: str, launcher: str, *operands: Any) -> bool:
-    """Whether a Triton kernel has run: not on a CPU, in other dtypes, or without Triton.
-
-    Where it can't be compiled, that is said once for these sizes.
-    """
-    x, factors = operands[0], operands[1]
-    if not x.is_cuda or not computes(x.dtype) or _triton() is None or (_failed and (what, _sizes(factors)) in _failed):
-        return False
-    run, index = operator.attrgetter(launcher)(_triton()), x.get_device()
-    try:
-        if index == torch.cuda.current_device():
-            return bool(run(*operands))
-        with torch.cuda.device(index):  # Triton launches on the current device, whatever the tensors are on
-            return bool(run(*operands))
-    except (importlib.import_module("triton.errors").TritonError, RuntimeError) as error:
-        _failed.add((what, _sizes(factors)))
-        warnings.warn(
-            f"The Triton kernel for {what} of a Monarch product failed on {tuple(x.shape)} {x.dtype}, factor sizes "
-            f"{_sizes(factors)}: {type(error).__name__}: {str(error)[:500]}. Batched products run instead, slower.",
-            MonarchWarning,
-            stacklevel=2,
-        )
-        return False
-
-
-def _sizes(factors: Tensor | list[Tensor]) -> str:
-    return ", ".join(str(tuple(factor.shape)) for factor in (factors if isinstance(factors, list) else [factors]))
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _intermediate(x: Tensor, R: Tensor) -> Tensor:
-    (n_in, n_out, rank, _), tokens = R.shape, x.shape[0]
-    if n_in == 1:
-        return x.new_empty(tokens, n_out, rank).transpose(0, 1)
-    return x.new_empty(n_out, tokens, n_in * rank)
-
-
-def _blocks(x: Tensor, count: int) -> Tensor:
-    """(tokens, count * n) as (count, tokens, n)."""
-    return x.view(x.shape[0], count, x.shape[1] // count).transpose(0, 1)  # unflatten takes three times as long
 
 
 class _Differentiable(torch.autograd.Function):
@@ -422,9 +239,9 @@ class _Differentiable(torch.autograd.Function):
         grad_x = grad_R = grad_L = None
         if to_x or to_R:
             grad_x, grad_t = product_and_intermediate(grad, L, R, None)  # grad_t (n_in, tokens, n_out * rank)
-            grad_R = _sums(grad_t, _blocks(x, R.shape[0])).view_as(R) if to_R else None
+            grad_R = _sums(grad_t, halves.blocks_of(x, R.shape[0])).view_as(R) if to_R else None
         if to_L and kept:
-            grad_L = _sums(kept[0], _blocks(grad, L.shape[0])).view_as(L)
+            grad_L = _sums(kept[0], halves.blocks_of(grad, L.shape[0])).view_as(L)
         elif to_L:
             grad_L = left_gradient(x, R, grad)
         return grad_x, grad_R, grad_L, grad_bias, None
@@ -441,7 +258,7 @@ def _fake_together(
 
 
 def _fake_product_and_intermediate(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], L.shape[0] * L.shape[3]), _intermediate(x, R)
+    return x.new_empty(x.shape[0], L.shape[0] * L.shape[3]), halves.intermediate(x, R)
 
 
 def _fake_left_gradient(x: Tensor, R: Tensor, grad: Tensor) -> Tensor:

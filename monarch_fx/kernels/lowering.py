@@ -15,13 +15,13 @@ from torch._inductor.lowering import add_needs_realized_inputs, fallback_handler
 from torch._inductor.select_algorithm import extern_kernels
 from torch._inductor.virtualized import V
 
-from monarch_fx.kernels import emitted, gpu, padding
+from monarch_fx.kernels import emitted, gpu, halves, padding
 from monarch_fx.kernels.choice import FEW_TOKENS, TOGETHER, library_tokens
 
 EMITTED: dict[str, Callable[..., None]] = {
     "monarch_few_tokens": emitted.few_tokens,
     "monarch_half": emitted.half_of_many_tokens,
-    "monarch_rows": gpu.first_half_by_rows,
+    "monarch_rows": halves.first_half_by_rows,
 }
 FEW_CALL, HALF_CALL, ROWS_CALL = EMITTED
 
@@ -54,7 +54,7 @@ def _is_one_kernel(x: Any, R: Any, L: Any) -> bool:
     if sizes is None:
         return False
     (tokens, _), *factors = sizes
-    return tokens >= gpu.one_kernel_tokens(x.get_dtype(), x.get_device(), *factors)
+    return tokens >= halves.one_kernel_tokens(x.get_dtype(), x.get_device(), *factors)
 
 
 def _together(x: Any, R: list[Any], L: list[Any], biases: list[Any], gated: str | None) -> Any:
@@ -85,7 +85,7 @@ def _few(
     """Each result (tokens, rows) of few tokens, by one call; None where that isn't to be."""
     extra = [operand for operand in (*biases, gate) if operand is not None]
     shapes, count, dtype = _sizes((x, *R, *L, *extra)), len(R), x.get_dtype()
-    if shapes is None or not (0 < shapes[0][0] <= FEW_TOKENS and count <= TOGETHER and gpu.computes(dtype)):
+    if shapes is None or not (0 < shapes[0][0] <= FEW_TOKENS and count <= TOGETHER and halves.computes(dtype)):
         return None
     known = emitted.Products(
         together,
@@ -116,20 +116,20 @@ def _halves(x: Any, R: Any, L: Any, bias: Any, gate: Any, activation: str) -> Se
     """
     extra = [operand for operand in (bias, gate) if operand is not None]
     shapes, dtype = _sizes((x, R, L, *extra)), x.get_dtype()
-    if shapes is None or shapes[0][0] <= FEW_TOKENS or not gpu.computes(dtype):
+    if shapes is None or shapes[0][0] <= FEW_TOKENS or not halves.computes(dtype):
         return None
     (tokens, _), (n_in, n_out, rank, p), (*_, s), *_ = shapes
     if tokens >= padding.PADDED_TOKENS and not padding.is_aligned(rank):
         return None
     kinds = bias is not None, activation, gate is not None
-    is_kernel = gpu.is_second_kernel(dtype, x.get_device(), tokens, shapes[1], shapes[2], *kinds)
+    is_kernel = halves.is_second_kernel(dtype, x.get_device(), tokens, shapes[1], shapes[2], *kinds)
     if not is_kernel and (gate is not None or activation != "none" or (bias is not None and n_out > 1)):
         return None
     depth, about = n_in * rank, (_name(dtype), str(x.get_device()))
     strides = (tokens * depth, depth, 1) if n_in > 1 else (rank, n_out * rank, 1)
     x, R, L, *extra = (_contiguous(operand) for operand in (x, R, L, *extra))
     first = emitted.Half(True, tokens, (n_in, n_out, rank, p), strides, (False, "none", False), *about)
-    if tokens < library_tokens(n_in, n_out, rank, p, gpu.units(x.get_device()), dtype.itemsize):
+    if tokens < library_tokens(n_in, n_out, rank, p, halves.units(x.get_device()), dtype.itemsize):
         if emitted.prepared_half(repr(tuple(first))) is None:
             return None
         t = _call(HALF_CALL, [x, R], [n_out, tokens, depth], strides, half=repr(tuple(first)))

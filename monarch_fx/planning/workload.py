@@ -12,7 +12,7 @@ import torch
 from monarch_fx.costs import DTYPE_BYTES, DeviceProfile, Surroundings, dense_seconds, has_kernels, monarch_seconds
 from monarch_fx.errors import ConfigError
 from monarch_fx.kernels import choice
-from monarch_fx.kernels.gpu import uses_tf32
+from monarch_fx.kernels.halves import uses_tf32
 from monarch_fx.records import Candidate
 from monarch_fx.structure import MonarchShape
 
