@@ -21,6 +21,7 @@ from monarch_fx.costs.shipped import SHIPPED
 from monarch_fx.errors import BudgetError, BudgetWarning, ConfigError
 from monarch_fx.planning import OBJECTIVES, decide, grids, solver
 from monarch_fx.planning.options import shapes
+from monarch_fx.projection import PRIOR_DOUBT, prior_tail
 from monarch_fx.records import Call, Candidate, Decision
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
@@ -271,6 +272,28 @@ class TestDecide:
         ((start, end),) = many.pays
         assert start <= 4096
         assert end is None
+
+    def test_products_that_run_together_take_one_grid(self) -> None:
+        """Of few tokens; with many, and where they read something else, each takes its own."""
+        sizes = {"q": 4096, "k": 1024, "v": 1024}
+
+        def chosen(tokens: int, apart: bool) -> list[MonarchShape | None]:
+            products = [candidate(name, 4096, rows) for name, rows in sizes.items()]
+            if not apart:
+                products = [
+                    dataclasses.replace(p, activation=0, beside=tuple(n for name, n in sizes.items() if name != p.name))
+                    for p in products
+                ]
+            errors = {
+                p.name: {grid: prior_tail(p.out_features, 4096, grid).numpy() for grid in grids(p, MonarchConfig())}
+                for p in products
+            }
+            options: dict[str, Any] = {"profile": "h200", "dtype": "bfloat16", "doubt": PRIOR_DOUBT}
+            return [d.shape for d in decided(products, errors=errors, tokens={tokens: 1.0}, **options).values()]
+
+        assert len({shape.grid for shape in chosen(4, apart=False) if shape is not None}) == 1
+        assert len({shape.grid for shape in chosen(4, apart=True) if shape is not None}) > 1
+        assert chosen(4096, apart=False) == chosen(4096, apart=True)
 
     def test_times_add_up_over_calls(self) -> None:
         twice = decided([candidate("w", 256, 256, shares=[1.0, 0.25])], 1.0)["w"]

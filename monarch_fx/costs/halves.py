@@ -99,9 +99,10 @@ class Halves:
         rows, aligned = (self._are_aligned(of)[0], self._are_whole(of)[0]), is_aligned(ROW, of.p)
 
         def splits(tokens: int) -> int:
-            if self.in_tf32 if tokens > choice.FEW_TOKENS else not self.alone:
+            are_many = tokens > choice.FEW_TOKENS
+            if (are_many and self.in_tf32) or not (are_many or self.alone):
                 return 1
-            described = tokens > choice.FEW_TOKENS and aligned and self.on_hopper
+            described = are_many and aligned and self.on_hopper
             tile = choice.first_tile(tokens, width, n_in, of.p, self.units, described=described)
             return choice.splits(tile, tokens, width, n_in, of.p, self.units)
 

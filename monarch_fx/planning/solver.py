@@ -117,8 +117,11 @@ def fastest_alike(
         [option for option in every if _is_alike(option, one, size, doubt)]
         for every, one in zip(options, chosen, strict=True)
     ]
-    grids = set.intersection(*({option.grid for option in every} for every in alike))
-    same = [[_fastest([option for option in every if option.grid == grid]) for every in alike] for grid in grids]
+    same = []
+    for grid in dict.fromkeys(option.grid for option in alike[0]):
+        of_grid = [[option for option in every if option.grid == grid] for every in alike]
+        if all(of_grid):
+            same.append([_fastest(every) for every in of_grid])
     if not same:
         return [_fastest(every) for every in alike]
     return min(same, key=lambda found: tuple(sum(values) for values in zip(*map(_order, found), strict=True)))

@@ -44,9 +44,8 @@ def project(weight: Tensor, shape: MonarchShape) -> Monarch:
     monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, weight.dtype, weight.device)
     batched = weight.detach(), monarch.L, monarch.R
     for matrix, L, R in zip(*(t if weight.ndim == 3 else t[None] for t in batched), strict=True):
-        left, right = _factor(
-            cut(matrix, shape.grid), shape.rank
-        )  # one by one: wide copies of all experts would not fit
+        # one by one: wide copies of all experts would not fit
+        left, right = _factor(cut(matrix, shape.grid), shape.rank)
         L.copy_(left)
         R.copy_(right.transpose(0, 1))
     return monarch
