@@ -1,4 +1,4 @@
-"""Which structures are considered, the knapsack against brute force, and the decisions of a plan."""
+"""Which structures are considered, and the decisions of a plan; of its knapsack see ``test_solver.py``."""
 
 import dataclasses
 import itertools

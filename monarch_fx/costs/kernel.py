@@ -233,7 +233,7 @@ class Held:
 
     @property
     def seconds(self) -> Expr:
-        """What the memory takes, and then what the unit with the most programs takes in."""
+        """What the memory takes, and then what the unit with the most programs takes in; products share a launch."""
         most = ceil_div(self.batch * ceil_div(self.n, self.each), units) * self.each * self.k
         operands_s = dtype_bytes * units * most / kernel_operand_bytes_per_s
         return HELD_LAUNCH * kernel_launch_s / together + self.bytes_moved / bandwidth_bytes_per_s + operands_s
@@ -243,7 +243,8 @@ class Held:
 class Ahead:
     """``batch`` products (tokens, k) @ (k, n) of few tokens in one launch, whose programs ask for their factor at once.
 
-    ``term_s``: what each term adds to the time of a program, all of which run side by side.
+    ``term_s``: what each term adds to the time of a program, all of which run side by side, those of products
+    together, too.
     """
 
     batch: Expr

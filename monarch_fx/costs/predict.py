@@ -32,7 +32,7 @@ class Surroundings:
     Attributes:
         bias: A bias is added to the result.
         activated: An activation that this library's kernels know is computed from the result, and nothing else.
-        beside: ``out_features`` of the other products that read the same activations; the first ones are run with it.
+        beside: ``out_features`` of the other products that read the same activations.
         recomputed: In training, the backward pass computes the intermediate anew.
     """
 
@@ -40,6 +40,11 @@ class Surroundings:
     activated: bool = False
     beside: tuple[int, ...] = ()
     recomputed: bool = False
+
+    @property
+    def joined(self) -> tuple[int, ...]:
+        """``out_features`` of those that share its launches where tokens are few."""
+        return self.beside[: choice.TOGETHER - 1]
 
 
 ALONE = Surroundings()
@@ -108,7 +113,7 @@ def monarch_seconds(
     """
     constants = _constants(profile, dtype)
     rows = np.asarray(tokens)
-    beside = () if dtype == "tf32" or workload == "training" else around.beside[: choice.TOGETHER - 1]
+    beside = () if dtype == "tf32" or workload == "training" else around.joined
     together = np.where(rows <= choice.FEW_TOKENS, 1 + len(beside), 1)
 
     def seconds(of: MonarchShape, structure: str, *lowering: str | int, splits: Tokens = 1) -> Seconds:

@@ -83,8 +83,7 @@ class Stopwatch:
     ) -> tuple[list[Run], int]:
         """The products with one copy of the weights after the other, and how many there are in each run."""
         training, kind = workload == "training", torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-        beside = around.beside[: choice.TOGETHER - 1] if tokens <= choice.FEW_TOKENS and not training else ()
-        together = 1 + len(beside)  # all of this size
+        together = 1 + len(around.joined) if tokens <= choice.FEW_TOKENS and not training else 1  # all of this size
         key = tokens, in_features, out_features, shape, batch, dtype, workload, around
         if key not in self._compiled:
             graph = _graph(shape, together, around, activated=around.activated and not training)

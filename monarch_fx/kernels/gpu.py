@@ -3,7 +3,8 @@
 A product has two halves (``halves.py``), or is one kernel where that is faster. The first half stores its result
 block-transposed, the second one writes strided rows. Several products that read the same few tokens run half by half
 together. The backward pass runs the same halves with the factors swapped, since the transposed matrix is Monarch(L, R).
-Sizes that would slow them down are padded (``padding.py``). Inner operators are opaque: compilers see them as they are.
+Sizes that would slow them down are padded (``padding.py``). Inner operators are opaque to compilers, where halves
+aren't a library's alone.
 """
 
 from __future__ import annotations
