@@ -15,6 +15,7 @@ import torch
 
 import benchmarks.choices
 import benchmarks.cpu
+import benchmarks.generation
 import benchmarks.gpu
 import benchmarks.gpu_models
 import benchmarks.halves

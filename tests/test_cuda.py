@@ -9,7 +9,7 @@ import torch
 import zoo
 
 import monarch_fx as mfx
-from monarch_fx.errors import MonarchWarning
+from monarch_fx.errors import MonarchWarning, StructureError
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -233,6 +233,32 @@ def test_the_same_bits_twice() -> None:
     for tokens in (1, 200, 8192):
         x = torch.randn(tokens, 1024, device="cuda", dtype=torch.bfloat16)
         assert torch.equal(layer(x), layer(x))
+
+
+@pytest.mark.parametrize("grid", [4, (1, 4), (4, 1), 1])
+@pytest.mark.parametrize("tokens", [1, 16, 40, 200, 4096])
+def test_eager_products_have_the_bits_of_the_operator(tokens: int, grid: int | tuple[int, int]) -> None:
+    """Which a profiler makes eager mode call."""
+    layer = mfx.MonarchLinear(1024, 512, grid, 64, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, tokens, 1024, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        y = layer(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profile:
+            operator = layer(x)
+        again = layer(x.repeat(1, 1, 2)[..., :1024])
+    assert "monarch_fx::monarch_bmm" in [event.key for event in profile.key_averages()]
+    assert torch.equal(y, operator)
+    assert torch.equal(y, again)
+
+
+def test_factors_on_another_device_are_refused() -> None:
+    layer = mfx.MonarchLinear(256, 512, 2, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    x = torch.randn(1, 256, device="cuda", dtype=torch.bfloat16)
+    layer(x)
+    with pytest.raises(StructureError, match="must be on one device, got cpu, cuda:0: move x or the model"):
+        layer.cpu()(x)
+    with pytest.raises(StructureError, match="must be on one device, got cpu, cuda:0: move x or the model"):
+        layer.cuda()(x.cpu())
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,17 @@ def test_vmap_over_rows_factors_and_bias() -> None:
     )
 
 
+def test_vmap_takes_products_apart(capfd: pytest.CaptureFixture[str]) -> None:
+    """Else PyTorch runs them one by one, and says so."""
+    R, L = factors(2, 3, 2, 4, 5)
+    x, offs = torch.randn(6, 7, 12).double(), torch.tensor([3, 7], dtype=torch.int32)
+    found = vmap(lambda x: monarch_bmm(x, R, L))(x)
+    grouped = vmap(lambda x: monarch_grouped_mm(x, torch.stack([R, 2 * R]), torch.stack([L, L]), offs))(x)
+    assert "batching rule" not in capfd.readouterr().err
+    torch.testing.assert_close(found, monarch_bmm(x, R, L))
+    torch.testing.assert_close(grouped, torch.cat([found[:, :3], 2 * found[:, 3:]], 1))
+
+
 def test_jvp_is_the_derivative() -> None:
     R, L = factors(2, 3, 2, 4, 5)
     x = torch.randn(7, 12, dtype=torch.float64)

@@ -86,7 +86,7 @@ def products(
         x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
         bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
     trained = torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate))
-    run = functools.partial(_differentiable, recompute=recompute) if trained else _plain
+    run = functools.partial(_differentiable, recompute=recompute) if trained else plain
     rows, n_out, s = x.reshape(-1, x.shape[-1]), L.shape[0], L.shape[3]
     out_features = n_out * s if out_features is None else out_features
     gate = None if gate is None else gate.reshape(-1, gate.shape[-1])
@@ -109,11 +109,20 @@ def _cut(y: Tensor, padded: int, s: int, out_features: int) -> Tensor:
     return torch.cat(pieces[::2], 1)
 
 
-def _plain(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:
-    """x (tokens, n_in * p) -> (tokens, n_out * s), without gradients."""
+def plain(
+    x: Tensor,
+    R: Tensor,
+    L: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    activation: str,
+    *,
+    is_watched: bool = True,
+) -> Tensor:
+    """x (tokens, n_in * p) -> (tokens, n_out * s), without gradients; as an operator where that ``is_watched``."""
     if gate is None and activation == "none" and _is_open(x, R, L):
         return reference.monarch_bmm(x, R, L, bias)
-    return product(x, R, L, bias, gate, activation)
+    return (product if is_watched else _product)(x, R, L, bias, gate, activation)
 
 
 def _is_open(x: Tensor, R: Tensor, L: Tensor) -> bool:
@@ -132,7 +141,7 @@ def _is_open(x: Tensor, R: Tensor, L: Tensor) -> bool:
 def _differentiable(
     x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str, *, recompute: bool
 ) -> Tensor:
-    """As ``_plain``, with gradients. Of low rank compilers see the library's products (``_is_open``)."""
+    """As ``plain``, with gradients. Of low rank compilers see the library's products (``_is_open``)."""
     if R.shape[0] == R.shape[1] == 1 and not recompute:
         y = reference.monarch_bmm(x, R, L, bias)
     else:

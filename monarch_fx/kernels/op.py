@@ -11,7 +11,7 @@ import torch.compiler.config
 from torch import Tensor, fx
 
 from monarch_fx.errors import ConfigError, StructureError
-from monarch_fx.kernels import gpu, grouped, reference
+from monarch_fx.kernels import eager, gpu, grouped, reference
 
 
 def _product(
@@ -60,6 +60,9 @@ _LIBRARY.define("monarch_grouped_mm(Tensor x, Tensor R, Tensor L, Tensor offs, *
 _LIBRARY.impl("monarch_bmm", _product, "CompositeImplicitAutograd")
 _LIBRARY.impl("monarch_together", _together, "CompositeImplicitAutograd")
 _LIBRARY.impl("monarch_grouped_mm", grouped.monarch_grouped_mm, "CompositeImplicitAutograd")
+# vmap takes composites apart only where it is told to, and else runs them in a loop
+_LIBRARY.impl("monarch_bmm", _product, "FuncTorchBatchedDecomposition")
+_LIBRARY.impl("monarch_grouped_mm", grouped.monarch_grouped_mm, "FuncTorchBatchedDecomposition")
 
 
 def _tag_compile_caches() -> None:
@@ -108,13 +111,17 @@ def monarch_bmm(
         (*, out_features).
 
     Raises:
-        StructureError: The shapes of the arguments disagree, or their dtypes do outside autocast.
+        StructureError: The shapes or devices of the arguments disagree, or their dtypes do outside autocast.
         ConfigError: There is no such activation.
     """
     if activation not in reference.ACTIVATIONS:
         raise ConfigError(
             f"activation must be one of {', '.join(map(repr, reference.ACTIVATIONS))}, got {activation!r}."
         )
+    if activation == "none" and gate is None and not torch.compiler.is_compiling():
+        y = eager.product(x, R, L, bias, out_features)
+        if y is not None:
+            return y
     if not _symbolic(x, R):
         _check(x, R, L, bias, out_features)
         if R.dim() == 5 and (x.dim() != 3 or x.shape[0] != R.shape[0]):
@@ -193,6 +200,10 @@ def _check(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: i
     rows = n_out * s if out_features is None else out_features
     if bias is not None and bias.dim() > 0 and bias.shape[-1] not in (1, rows):
         raise StructureError(f"The bias must end in {rows} output features, got shape {tuple(bias.shape)}.")
+    devices = {t.device for t in (x, R, L, bias) if t is not None and t.dim() > 0}
+    if len(devices) > 1:
+        names = ", ".join(sorted(str(device) for device in devices))
+        raise StructureError(f"x, R, L and bias must be on one device, got {names}: move x or the model.")
     dtypes = {t.dtype for t in (x, R, L, bias) if t is not None}
     if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
