@@ -21,9 +21,10 @@ $(VENV)/.demo-installed: $(VENV)/.installed examples/requirements.txt
 	$(PY) -m pip install -qq --no-deps --requirement examples/requirements.txt
 	@touch $@
 
-# One thread per worker: two workers with two threads each are slower on two cores.
+# One thread per worker: two workers with two threads each are slower on two cores. Some tests take minutes: an idle
+# worker takes what the other one has not begun.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal -q
 
 test-newest:
 	$(MAKE) test VENV=.venv-newest CONSTRAINTS=constraints/newest.txt PACKAGES="timm torchvision"

@@ -14,8 +14,9 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
 
 
-# KB that a program may take: NVIDIA's CUDA C++ programming guide, compute capabilities
-@pytest.mark.parametrize(("arch", "shared"), [(80, 163), (89, 99), (90, 227), (100, 227)])
+# KB that a program may take: NVIDIA's CUDA C++ programming guide, compute capabilities. For 8.0, which has 163, and 8.9
+# the same kernels are chosen, and take as much.
+@pytest.mark.parametrize(("arch", "shared"), [(80, 99), (90, 227), (100, 227)])
 def test_every_kernel_that_can_be_chosen(arch: int, shared: int, tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
