@@ -196,5 +196,7 @@ def test_dtypes_and_devices_that_disagree_are_refused() -> None:
         mfx.monarch_bmm(x, R.half(), L)
     with pytest.raises(StructureError, match="must be on one device, got cpu, meta: move"):
         mfx.monarch_bmm(x, R, L.to("meta"))
+    with pytest.raises(StructureError, match=r"The gate must be like the result, .* on cpu, got .* on meta"):
+        mfx.monarch_bmm(x, R, L, activation="silu", gate=torch.empty(5, 24, device="meta", dtype=torch.bfloat16))
     with pytest.raises(StructureError, match="on one device"):
         nn.Sequential(made)(x.to("meta"))

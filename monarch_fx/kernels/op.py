@@ -131,10 +131,10 @@ def monarch_bmm(
             )
         rows = L.shape[-4] * L.shape[-1] if out_features is None else out_features
         mixed = gate is not None and gate.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
-        if gate is not None and (mixed or gate.shape != (*x.shape[:-1], rows)):
+        if gate is not None and (mixed or gate.device != x.device or gate.shape != (*x.shape[:-1], rows)):
             raise StructureError(
-                f"The gate must be like the result, {(*x.shape[:-1], rows)} in {x.dtype}, got {tuple(gate.shape)} in "
-                f"{gate.dtype}."
+                f"The gate must be like the result, {(*x.shape[:-1], rows)} in {x.dtype} on {x.device}, got "
+                f"{tuple(gate.shape)} in {gate.dtype} on {gate.device}."
             )
     options: dict[str, Any] = {} if activation == "none" and gate is None else {"activation": activation, "gate": gate}
     if recompute:
