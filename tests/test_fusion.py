@@ -248,5 +248,5 @@ def test_errors_of_the_operator() -> None:
         mfx.monarch_bmm(x, *factors, activation="selu")
     with pytest.raises(StructureError, match=r"gate must be like the result, \(7, 48\) in .*, got \(48,\) in"):
         mfx.monarch_bmm(x, *factors, gate=torch.randn(48))
-    with pytest.raises(StructureError, match=r"in torch.float32, got \(7, 48\) in torch.float64"):
+    with pytest.raises(StructureError, match=r"in torch.float32 on cpu, got \(7, 48\) in torch.float64 on cpu"):
         mfx.monarch_bmm(x, *factors, gate=torch.randn(7, 48, dtype=torch.float64))
