@@ -68,7 +68,7 @@ SHIPPED = {
             source=(
                 "the H100's, with the bandwidth and the float32 speed of an H200 SXM: an earlier fit to 1320 products "
                 "in bfloat16 there, and measure_device(); 2112 products that were measured there (layers-gpu, PyTorch "
-                "2.11) are predicted with median error 6 %, 95th percentile 18 %, and were looked at when the H100's "
+                "2.11) are predicted with median error 4 %, 95th percentile 19 %, and were looked at when the H100's "
                 "constants were moved"
             ),
             peak_flops={"float64": 67e12, "float32": 55e12, "tf32": 470e12, "bfloat16": 907e12, "float16": 870e12},
