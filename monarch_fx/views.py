@@ -149,7 +149,7 @@ def _matrix_transpose(v: StridedView) -> StridedView:
 
 
 def _select(v: StridedView, dim: int, index: int) -> StridedView:
-    dim %= v.ndim
+    dim = _dim(v, dim)
     if not -v.sizes[dim] <= index < v.sizes[dim]:
         raise IndexError(f"index {index} is out of range for dimension {dim} of size {v.sizes[dim]}")
     index %= v.sizes[dim]
@@ -161,7 +161,7 @@ def _select(v: StridedView, dim: int, index: int) -> StridedView:
 def _slice(
     v: StridedView, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> StridedView:
-    dim %= v.ndim
+    dim = _dim(v, dim)
     if step < 1:
         raise ValueError(f"step must be greater than zero, got {step}")
     first, stop = _bound(start, 0, v.sizes[dim]), _bound(end, v.sizes[dim], v.sizes[dim])
@@ -169,6 +169,12 @@ def _slice(
     sizes[dim] = max(0, -(-(stop - first) // step))
     strides[dim] *= step
     return StridedView(tuple(sizes), tuple(strides), v.offset + first * v.strides[dim])
+
+
+def _dim(v: StridedView, dim: int) -> int:
+    if not -v.ndim <= dim < v.ndim:
+        raise IndexError(f"dimension {dim} is out of range for sizes {v.sizes}")
+    return dim % v.ndim
 
 
 def _bound(at: int | None, default: int, size: int) -> int:
@@ -179,7 +185,10 @@ def _bound(at: int | None, default: int, size: int) -> int:
 
 
 def _narrow(v: StridedView, dim: int, start: int, length: int) -> StridedView:
-    start %= v.sizes[dim] or 1
+    size = v.sizes[_dim(v, dim)]
+    start = start + size if start < 0 else start
+    if not 0 <= start <= start + length <= size:
+        raise ValueError(f"{length} entries from {start} on exceed dimension {dim} of sizes {v.sizes}")
     return _slice(v, dim, start, start + length)
 
 
@@ -236,8 +245,7 @@ def _view(v: StridedView, *shape: Any) -> StridedView:
     sizes = list(shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape)
     if not all(isinstance(size, int) for size in sizes):
         raise TypeError("a view as another dtype, or to symbolic sizes, is no plain view")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = math.prod(v.sizes) // -math.prod(sizes)
+    sizes = _inferred(sizes, math.prod(v.sizes))
     old = list(merge(list(zip(v.sizes, v.strides, strict=True))))
     strides: list[int] = []
     for size in reversed(sizes):
@@ -255,6 +263,13 @@ def _view(v: StridedView, *shape: Any) -> StridedView:
     return StridedView(tuple(sizes), tuple(reversed(strides)), v.offset)
 
 
+def _inferred(sizes: list[int], numel: int) -> list[int]:
+    """With -1 as what the other sizes leave of ``numel``."""
+    if 0 in sizes or numel == 0:
+        raise ValueError(f"a view of nothing, or as sizes {sizes}")
+    return [numel // -math.prod(sizes) if size == -1 else size for size in sizes]
+
+
 def _flatten(v: StridedView, start_dim: int = 0, end_dim: int = -1) -> StridedView:
     first, last = start_dim % v.ndim, end_dim % v.ndim
     return _view(v, [*v.sizes[:first], math.prod(v.sizes[first : last + 1]), *v.sizes[last + 1 :]])
@@ -262,9 +277,7 @@ def _flatten(v: StridedView, start_dim: int = 0, end_dim: int = -1) -> StridedVi
 
 def _unflatten(v: StridedView, dim: int, sizes: Sequence[int]) -> StridedView:
     dim %= v.ndim
-    inner = list(sizes)
-    if -1 in inner:
-        inner[inner.index(-1)] = v.sizes[dim] // -math.prod(inner)
+    inner = _inferred(list(sizes), v.sizes[dim])
     return _view(v, [*v.sizes[:dim], *inner, *v.sizes[dim + 1 :]])
 
 

@@ -27,6 +27,7 @@ COLUMNS = (48, 64, 96, 128, 192, 256, 1024, 4096)
 TERMS = (256, 2048, 8192)
 BLOCKS = (1, 2, 4, 8)
 PARTS = re.compile(r"(p|width|rank|depth|s|stride_.*)\d?")  # given in parts of ROW, of which nothing is known
+OF_MANY_TOKENS = (tiles.first, tiles.second, persistent.first)
 EPILOGUES = (("none", False), ("gelu", False), ("silu", True))
 
 
@@ -68,6 +69,9 @@ def compiled(
     )
     options = {"num_warps": warps, "num_stages": stages}
     found = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    if kernel in OF_MANY_TOKENS:
+        cut_off = re.search(r"muli %stride_j\S*, \S+ : i32", found.asm["ttir"])
+        assert cut_off is None, f"{kernel} cuts off the numbers between rows of blocks: {cut_off}"
     if of_one is not None and arch >= 90:
         before, after = found.asm["ptx"].split("griddepcontrol.wait")
         is_first = "griddepcontrol.launch_dependents" in after  # what is in front may have written the factors

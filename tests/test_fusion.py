@@ -92,6 +92,7 @@ def test_a_gated_mlp(order: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
         lambda model, x: F.gelu(x) * model.a(x)[0],  # the product is not what is multiplied
         lambda model, x: F.gelu(x[:1]) * model.a(x),  # the gate would have to be broadcast
         lambda model, x: F.relu(model.a(x), inplace=True) + 1,
+        lambda model, x: torch.mul(F.silu(x), model.a(x), out=torch.empty_like(x)) + 1,
     ],
 )
 def test_what_stays_as_it_is(compute: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import subprocess
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._functorch.aot_autograd import make_boxed_func
 
 import monarch_fx as mfx
+from monarch_fx.errors import MonarchWarning
 from monarch_fx.kernels import gpu, halves, padding
 from monarch_fx.kernels.reference import ACTIVATIONS
 
@@ -48,6 +50,49 @@ def test_gradients_of_first_and_second_order(shape: tuple[int, ...]) -> None:
     for i in range(len(inputs)):
         frozen = tuple(operand.detach() if i == j else operand for j, operand in enumerate(inputs))
         assert torch.autograd.gradgradcheck(product, frozen)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_graph_of_gradients_counts_no_path_twice(recompute: bool) -> None:
+    """Where x depends on the factors: the outer backward pass adds that path up by itself, and calls hooks once."""
+    x, R, L = operands(5, 2, 2, 3, 4, 4)
+    doubled: list[torch.Tensor] = []
+    R.register_hook(lambda grad: doubled.append(grad) or 2 * grad)
+
+    def gradients(product: Callable, create_graph: bool) -> tuple[torch.Tensor, ...]:
+        y = product(torch.tanh(product(x)))
+        return torch.autograd.grad(y.square().sum(), (x, R, L), create_graph=create_graph)
+
+    exact = gradients(lambda x: mfx.Monarch(R, L)(x), False)
+    for create_graph in (False, True):
+        doubled.clear()
+        found = gradients(lambda x: gpu.products(x, R, L, None, None, "none", recompute), create_graph)
+        torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+        assert len(doubled) == 1
+
+
+def test_frozen_factors_keep_no_activations() -> None:
+    x, R, L = (operand.requires_grad_(i == 0) for i, operand in enumerate(o.detach() for o in operands(*SHAPES[0])))
+    kept: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = gpu.products(x, R, L, None, None, "none")
+    assert {tensor.data_ptr() for tensor in kept} == {R.data_ptr(), L.data_ptr()}
+    exact = torch.ones_like(y) @ mfx.Monarch(R, L).to_dense()
+    for create_graph in (False, True):
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=create_graph, retain_graph=True)
+        torch.testing.assert_close(grad, exact, rtol=1e-12, atol=1e-12)
+
+
+def test_complex_factors_have_the_same_gradients_with_recompute() -> None:
+    x, R, L = (operand.detach().to(torch.complex128).requires_grad_() for operand in operands(*SHAPES[0]))
+    with torch.no_grad():
+        for operand in (x, R, L):
+            operand += 1j * torch.randn_like(operand)
+    found, exact = (
+        torch.autograd.grad(mfx.monarch_bmm(x, R, L, recompute=again).abs().square().sum(), (x, R, L))
+        for again in (True, False)
+    )
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -232,6 +277,38 @@ def test_float32_has_its_bias_and_activation_behind_the_product(monkeypatch: pyt
         exact = F.silu(mfx.Monarch(R.double(), L.double())(x.double()) + bias.double())
         torch.testing.assert_close(y.double(), exact, rtol=1e-4, atol=1e-4)
     assert seen == [(None, None, "none")] * len(SHAPES)
+
+
+@pytest.mark.parametrize("error", [subprocess.CalledProcessError(1, ["gcc"]), PermissionError("cache")])
+def test_what_compilers_raise_is_said_once(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    x, *factors = on_a_gpu(monkeypatch, raising=error)
+    with pytest.warns(MonarchWarning, match=rf"both halves .* failed on .*{type(error).__name__}"):
+        assert not halves.ran("both halves", "few.product", x, *factors)
+    assert not halves.ran("both halves", "few.product", x, *factors)  # without another warning, which would be an error
+    other = SimpleNamespace(**{**vars(x), "dtype": torch.bfloat16})
+    with pytest.warns(MonarchWarning, match="bfloat16"):
+        assert not halves.ran("both halves", "few.product", other, *factors)
+
+
+def test_running_out_of_memory_is_no_failure_of_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, *factors = on_a_gpu(monkeypatch, raising=torch.OutOfMemoryError("Tried to allocate"))
+    for _ in range(2):
+        with pytest.raises(torch.OutOfMemoryError):
+            halves.ran("both halves", "few.product", x, *factors)
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, raising: Exception) -> tuple:
+    """x and factors as on a GPU whose kernels fail."""
+
+    def fails(*operands: object) -> None:
+        raise raising
+
+    monkeypatch.setattr(halves, "launchers", lambda: SimpleNamespace(few=SimpleNamespace(product=fails)))
+    monkeypatch.setattr(halves, "_failed", set())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    x = {"is_cuda": True, "dtype": torch.float16, "device": "cuda:0", "shape": (8, 16), "get_device": lambda: 0}
+    return SimpleNamespace(**x), torch.zeros(2, 2, 3, 8), torch.zeros(2, 2, 3, 8)
 
 
 def test_no_kernel_runs_where_there_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -170,6 +170,27 @@ def test_mixed_dtypes_are_refused_outside_autocast() -> None:
         monarch_bmm(torch.randn(7, 8).double(), R, L, torch.zeros(10, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64], ids=str)
+def test_autocast_leaves_float64_and_complex_numbers_alone(dtype: torch.dtype, recompute: bool) -> None:
+    R, L = (t.requires_grad_() for t in factors(2, 2, 3, 4, 5, dtype))
+    x = torch.randn(7, 8, dtype=dtype)
+    exact = monarch_bmm(x, R, L)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = monarch_bmm(x, R, L, recompute=recompute)
+        with pytest.raises(StructureError, match=r"that autocast leaves alone, got .*bfloat16"):
+            monarch_bmm(x.real.float(), R, L)
+    torch.testing.assert_close(y, exact, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_meta_device(recompute: bool) -> None:
+    R, L = (torch.empty(size, device="meta", requires_grad=True) for size in ((2, 2, 3, 4), (2, 2, 3, 5)))
+    assert monarch_bmm(torch.empty(7, 8, device="meta"), R, L, recompute=recompute).shape == (7, 10)
+    with pytest.raises(StructureError, match="one dtype outside autocast"):
+        monarch_bmm(torch.empty(7, 8, device="meta", dtype=torch.float16), R, L)
+
+
 # --- derivatives and transforms ---------------------------------------------------------------------------------------
 
 

@@ -154,7 +154,8 @@ def test_multihead_attention(batch_first: bool, settings: dict, need_weights: bo
     padding = torch.zeros(2, 5, dtype=torch.bool)
     padding[1, 4] = True
     causal = nn.Transformer.generate_square_subsequent_mask(5, dtype=torch.float64)
-    for masks in ({}, {"key_padding_mask": padding}, {"attn_mask": causal}, {"attn_mask": causal < 0}):
+    hint = {"attn_mask": causal, "is_causal": True}  # which hides added keys, too, where PyTorch takes it
+    for masks in ({}, {"key_padding_mask": padding}, {"attn_mask": causal}, {"attn_mask": causal < 0}, hint):
         y, weights = rewritten(q, k, v, need_weights=need_weights, **masks)
         expected, expected_weights = dense(q, k, v, need_weights=need_weights, **masks)
         torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-12)

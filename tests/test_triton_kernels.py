@@ -490,6 +490,28 @@ def test_what_tensor_descriptors_can_have() -> None:
     assert not can(torch.zeros(8, 68, dtype=torch.float16, device=DEVICE)[:, :64])
 
 
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_what_is_no_number_stays_so(activation: str) -> None:
+    x, R, L, t, y = operands(20, 1, 1, 16, 16, 64)
+    x[3] = torch.nan
+    launch.first_half(x, R, t)
+    launch.second_half(t, L, y, None, None, activation)
+    assert y[3].isnan().all()
+    assert not y[:3].isnan().any()
+
+
+def test_more_programs_than_a_grid_has_are_left_to_others() -> None:
+    sizes = torch.float16, torch.device(DEVICE), True
+    kinds = (False, "none", False)
+    for tokens, is_one in ((2**21, True), (2**23, False)):
+        launched = launch.whole_launch(tokens, (2, 2, 64, 128), 128, (256, 256, 256), kinds, *sizes)
+        assert (launched is not None) == is_one, tokens
+    for tokens, is_one in ((2**22, True), (2**24, False)):
+        strides = (tokens * 128, 128, 1), 101, 101  # results that descriptors can't have
+        launched = launch.second_launch(tokens, (1, 2, 64, 101), strides, kinds, *sizes)
+        assert (launched is not None) == is_one, tokens
+
+
 def test_activations_at_their_ends() -> None:
     """Large values pass, or vanish, and nothing overflows on the way."""
     x, R, L, t, y = operands(16, 1, 1, 16, 16, 64)

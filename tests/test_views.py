@@ -74,6 +74,10 @@ def test_getitem(index: Any) -> None:
         (lambda v: VIEW_OPERATIONS["expand"](VIEW_OPERATIONS["unsqueeze"](v, 0), 3, 4, 6), ValueError),
         (lambda v: VIEW_OPERATIONS["getitem"](v, [0, 1]), TypeError),
         (lambda v: VIEW_OPERATIONS["select"](v, 0, 4), IndexError),
+        (lambda v: VIEW_OPERATIONS["select"](v, 2, 0), IndexError),
+        (lambda v: VIEW_OPERATIONS["getitem"](v, (0, 0, 0)), IndexError),
+        (lambda v: VIEW_OPERATIONS["narrow"](v, 0, 3, 2), ValueError),
+        (lambda v: VIEW_OPERATIONS["view"](VIEW_OPERATIONS["narrow"](v, 0, 0, 0), -1, 6), ValueError),
     ],
 )
 def test_what_is_no_view_is_refused(make: Callable, error: type[Exception]) -> None:

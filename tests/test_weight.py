@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -25,6 +26,66 @@ def test_writing_into_a_weight_is_refused() -> None:
         nn.init.zeros_(layer.weight)
     with pytest.raises(errors.StructureError, match="factors R and L"):
         layer.weight.data.zero_()
+    with pytest.raises(errors.StructureError, match="factors R and L"):
+        layer.weight.data = torch.zeros(8, 16)
+    with pytest.raises(errors.StructureError, match="factors R and L"), torch.no_grad():
+        torch.add(torch.zeros(8, 16), 1.0, out=layer.weight)
+
+
+@pytest.mark.filterwarnings("ignore::monarch_fx.errors.DenseFallbackWarning")
+def test_a_weight_is_read_like_a_tensor() -> None:
+    layer = mfx.MonarchLinear(16, 8, nblocks=2)
+    weight, dense = layer.weight, layer.weight.to_dense().detach()
+    with torch.no_grad():
+        for read in (
+            lambda w: torch.zeros(8, 16).copy_(w),
+            lambda w: torch.ones(8, 16).add_(w, alpha=2),
+            lambda w: torch.matmul(torch.ones(3, 16), w.T, out=torch.empty(3, 8)),
+            lambda w: w * 2 - 3 / (1 + abs(w)),
+            lambda w: -(w**2) > w,
+            lambda w: w[np.array([0, 2])],
+            lambda w: w[[0, 2]],
+            lambda w: torch.tensor(float(w[3, 4])),
+            lambda w: w.detach().cpu().to(torch.float64) + 0,
+            lambda w: torch.as_tensor(w.detach().numpy()),
+        ):
+            torch.testing.assert_close(read(weight), read(dense))
+        copied = torch.zeros(8, 16)
+        copied[:] = weight
+    assert torch.equal(copied, dense)
+    assert weight.to("meta").device.type == "meta"
+    assert weight.to("meta", torch.float16).dtype == torch.float16
+    assert weight.cpu() is weight
+    assert layer.weight.R.device.type == "cpu"
+    for wrong in (lambda w: w[:, :, 0], lambda w: w.narrow(0, 3, 100), lambda w: w[0:0].view(-1, 0)):
+        with pytest.raises((IndexError, RuntimeError)):
+            wrong(weight)
+
+
+def test_a_weight_is_frozen_like_a_parameter() -> None:
+    layer = mfx.MonarchLinear(16, 8, nblocks=2)
+    layer.weight.requires_grad = False
+    assert not any(factor.requires_grad for factor in layer.weight.parameters())
+    layer.weight.requires_grad = True
+    assert layer.weight.requires_grad
+    assert all(factor.requires_grad for factor in layer.weight.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::monarch_fx.errors.DenseFallbackWarning")
+@pytest.mark.parametrize("backend", [None, "eager"])
+def test_no_gradient_reaches_a_detached_weight(backend: str | None) -> None:
+    layer, x = mfx.MonarchLinear(16, 8, nblocks=2), torch.randn(3, 16, requires_grad=True)
+
+    def compute(x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, layer.weight.detach()) @ layer.weight.T[:, :8].T.detach()
+
+    y = compute(x) if backend is None else torch.compile(compute, backend=backend, fullgraph=True)(x)
+    y.sum().backward()
+    assert x.grad is not None
+    assert layer.weight.R.grad is None
+    assert layer.weight.L.grad is None
+    assert not layer.weight.detach().requires_grad
+    assert not torch.norm(layer.weight.detach()).requires_grad
 
 
 def test_reading_a_weight_in_another_dtype_does_not_cast_it() -> None:
@@ -147,5 +208,7 @@ def test_factors_that_a_wrapper_made_plain_attributes() -> None:
     for name in ("R", "L"):
         factor = layer.weight._parameters.pop(name)
         object.__setattr__(layer.weight, name, factor.detach())
+    assert layer.weight.dtype == torch.float32
+    assert layer.weight.device.type == "cpu"
     for run in (layer, torch.compile(layer, backend="eager", fullgraph=True)):
         torch.testing.assert_close(run(x), exact, rtol=0, atol=0)

@@ -28,7 +28,7 @@ def product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: 
     """
     dtype, device, are_graded = x.dtype, x.device, torch.is_grad_enabled()
     for operand in (x, R, L) if bias is None else (x, R, L, bias):
-        if type(operand) not in PLAIN or operand.dtype != dtype or operand.device != device:
+        if type(operand) not in PLAIN or operand.dtype != dtype or operand.device != device or operand.is_neg():
             return None
         if are_graded and operand.requires_grad:
             return None

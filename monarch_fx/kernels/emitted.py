@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from triton.errors import TritonError
 
 from monarch_fx.kernels import gpu, halves
 from monarch_fx.kernels.few import filled, launches_alone, launches_together
@@ -139,7 +138,9 @@ def few_tokens(*operands: Tensor, products: str, out: Tensor) -> None:
         try:
             if launches is not None and launches(operands, out):
                 return
-        except (TritonError, RuntimeError):
+        except torch.OutOfMemoryError:
+            raise
+        except halves.failures():
             _failed.add(products)  # the operator meets the same, and says so
     _by_operator(Products(*ast.literal_eval(products)), operands, out)
 
@@ -195,7 +196,8 @@ def prepared_half(half: str) -> tuple[Launch | SplitLaunch, Callable[[Sequence[A
     has_bias, _, gated = known.kinds
     end = 2 + has_bias + gated
     of_second = operator.itemgetter(0, 1, end, 2 if has_bias else end, end - 1 if gated else end)
-    return second_launch(known.tokens, known.factor, strides, known.kinds, *operands), of_second
+    second = second_launch(known.tokens, known.factor, strides, known.kinds, *operands)
+    return None if second is None else (second, of_second)
 
 
 def half_of_many_tokens(*operands: Tensor, half: str, out: Tensor) -> None:
@@ -209,7 +211,9 @@ def half_of_many_tokens(*operands: Tensor, half: str, out: Tensor) -> None:
             try:
                 launch(of_launch(tensors), of_launch(addresses))
                 return
-            except (TritonError, RuntimeError):
+            except torch.OutOfMemoryError:
+                raise
+            except halves.failures():
                 _failed.add(half)  # the operator meets the same, and says so
     known = Half(*ast.literal_eval(half))
     if known.is_first:

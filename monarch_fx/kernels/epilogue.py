@@ -26,7 +26,7 @@ def finished(
 @triton.jit
 def activated(v, ACT: tl.constexpr, FAST: tl.constexpr):
     if ACT == "relu":
-        v = tl.maximum(v, 0.0)
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACT == "silu":
         v = v * sigmoid(v, FAST)
     if ACT == "gelu_tanh":  # 0.5 (1 + tanh(u)) is sigmoid(2 u)

@@ -122,9 +122,9 @@ def launches_alone(
             launches = ahead_launches(tokens, strides, R, L, strides_t, rows, columns, kinds, dtype, device, aligned)
             return tokens * n_in * n_out * rank, *launches
     first = launch.first_launch(tokens, stride_x, R, strides_t, dtype, device, aligned)
-    if first is None:
-        return None
     second = launch.second_launch(tokens, L, (strides_t, *others), kinds, dtype, device, aligned)
+    if first is None or second is None:
+        return None
     return tokens * n_in * n_out * rank, first, second
 
 

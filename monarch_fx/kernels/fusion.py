@@ -76,7 +76,7 @@ def _fuse_activation(graph: fx.Graph, product: fx.Node, user: fx.Node) -> None:
 
 def _fuse_gate(graph: fx.Graph, product: fx.Node, user: fx.Node) -> None:
     """``user`` multiplies the product by something: by an activation that was computed before the product?"""
-    if user.target not in PRODUCTS_OF_TWO:
+    if user.target not in PRODUCTS_OF_TWO or user.kwargs:
         return
     factors = [factor for factor in user.args if factor is not product]
     if len(user.args) != 2 or len(factors) != 1 or not isinstance(factors[0], fx.Node):

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.flop_counter import register_flop_formula
 
-from monarch_fx.kernels import halves, padding, reference
+from monarch_fx.kernels import autocast, halves, padding, reference
 from monarch_fx.kernels.choice import FEW_TOKENS, SOME_TOKENS, TOGETHER, are_summed_apart
 
 
@@ -28,23 +28,17 @@ def serves(x: Tensor, R: Tensor) -> bool:
     """Whether these kernels take the product: half precision or TF32 on a GPU, one matrix, no function transform."""
     if not x.is_cuda or R.dim() != 4 or _are_transformed():
         return False
-    return halves.computes(_dtype(x)) and halves.launchers() is not None
+    return halves.computes(autocast.dtype(x)) and halves.launchers() is not None
 
 
 def takes_epilogue(x: Tensor) -> bool:
     """Whether bias and activation cost less in these kernels than behind them; for TF32 see ``choice.tf32_tokens``."""
-    return _dtype(x) != torch.float32
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """In which the product runs."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast.dtype(x) != torch.float32
 
 
 def recomputes(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None) -> bool:
-    """Whether a backward pass follows, and can compute the intermediate anew; on any device."""
-    if not torch.is_grad_enabled() or R.dim() != 4 or _are_transformed():
+    """Whether a backward pass follows, and can compute the intermediate anew; on any device, of real numbers."""
+    if not torch.is_grad_enabled() or R.dim() != 4 or R.is_complex() or _are_transformed():
         return False
     return any(operand is not None and operand.requires_grad for operand in (x, R, L, bias))
 
@@ -58,7 +52,7 @@ def serves_together(x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Te
     """Whether these kernels take several products of x together: without padding, broadcast biases or gradients."""
     if torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, *R, *L, *biases)):
         return False
-    if _dtype(x) not in halves.HALF or not all(
+    if autocast.dtype(x) not in halves.HALF or not all(
         serves(x, factor) and x.shape[-1] == factor.shape[0] * factor.shape[3] for factor in R
     ):
         return False
@@ -81,10 +75,9 @@ def products(
     ``in_features`` and ``out_features`` (default: all) are fewer than ``n_in * p`` and ``n_out * s`` where the grid
     pads them.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = _dtype(x)
-        x, R, L = x.to(dtype), R.to(dtype), L.to(dtype)
-        bias, gate = (extra if extra is None else extra.to(dtype) for extra in (bias, gate))
+    if autocast.is_on(x.device):
+        x, R, L = autocast.cast(x), autocast.cast(R), autocast.cast(L)
+        bias, gate = (extra if extra is None else autocast.cast(extra) for extra in (bias, gate))
     trained = torch.is_grad_enabled() and any(o is not None and o.requires_grad for o in (x, R, L, bias, gate))
     run = functools.partial(_differentiable, recompute=recompute) if trained else plain
     rows, n_out, s = x.reshape(-1, x.shape[-1]), L.shape[0], L.shape[3]
@@ -153,10 +146,9 @@ def products_together(
     x: Tensor, R: list[Tensor], L: list[Tensor], biases: list[Tensor | None], gated: str | None
 ) -> list[Tensor]:
     """x (*, in_features) -> each (*, n_out * s), contiguous; with ``gated`` one, ``gated(first product) * second``."""
-    if torch.is_autocast_enabled("cuda"):
-        dtype = torch.get_autocast_dtype("cuda")
-        x, R, L = x.to(dtype), [factor.to(dtype) for factor in R], [factor.to(dtype) for factor in L]
-        biases = [bias if bias is None else bias.to(dtype) for bias in biases]
+    if autocast.is_on(x.device):
+        x, R, L = autocast.cast(x), [autocast.cast(factor) for factor in R], [autocast.cast(factor) for factor in L]
+        biases = [bias if bias is None else autocast.cast(bias) for bias in biases]
     rows = x.reshape(-1, x.shape[-1])
     if statically_known_true(rows.shape[0] > FEW_TOKENS):
         if gated is None:
@@ -229,8 +221,9 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, recompute: bool) -> Tensor:
-        if recompute:
-            ctx.save_for_backward(x, R, L)
+        _, to_R, to_L, *_ = ctx.needs_input_grad
+        if recompute or not to_L:
+            ctx.save_for_backward(x if to_R or to_L else None, R, L, None)
             return product(x, R, L, bias, None, "none")
         y, t = product_and_intermediate(x, R, L, bias)
         ctx.save_for_backward(x, R, L, t)
@@ -238,23 +231,34 @@ class _Differentiable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, R, L, *kept = ctx.saved_tensors
+        x, R, L, t = ctx.saved_tensors
         to_x, to_R, to_L, to_bias, _ = ctx.needs_input_grad
         grad_bias = grad.sum(0) if to_bias else None
-        if torch.is_grad_enabled():  # a graph of the gradients is wanted: the intermediate must be in it
-            y = reference.monarch_bmm(x, R, L)
-            wanted = [operand for operand, needed in zip((x, R, L), (to_x, to_R, to_L), strict=True) if needed]
-            found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True) if wanted else ())
-            return (*(next(found) if needed else None for needed in (to_x, to_R, to_L)), grad_bias, None)
+        if torch.is_grad_enabled():  # a graph of the gradients is wanted
+            return *_graphed_gradients(x, R, L, grad, (to_x, to_R, to_L)), grad_bias, None
         grad_x = grad_R = grad_L = None
         if to_x or to_R:
             grad_x, grad_t = product_and_intermediate(grad, L, R, None)  # grad_t (n_in, tokens, n_out * rank)
             grad_R = _sums(grad_t, halves.blocks_of(x, R.shape[0])).view_as(R) if to_R else None
-        if to_L and kept:
-            grad_L = _sums(kept[0], halves.blocks_of(grad, L.shape[0])).view_as(L)
+        if to_L and t is not None:
+            grad_L = _sums(t, halves.blocks_of(grad, L.shape[0])).view_as(L)
         elif to_L:
             grad_L = left_gradient(x, R, grad)
         return grad_x, grad_R, grad_L, grad_bias, None
+
+
+def _graphed_gradients(
+    x: Tensor | None, R: Tensor, L: Tensor, grad: Tensor, wanted: tuple[bool, bool, bool]
+) -> list[Tensor | None]:
+    """Gradients of x, R and L that can be differentiated; x is None where none of the factors' is wanted."""
+    if x is None:
+        return [reference.monarch_bmm(grad, L, R) if wanted[0] else None, None, None]
+    # Aliases: x may depend on the factors, and what reaches them through it is added up by who asked for this
+    operands = [operand.view_as(operand) for operand in (x, R, L)]
+    y = reference.monarch_bmm(*operands)
+    differentiated = [operand for operand, needed in zip(operands, wanted, strict=True) if needed]
+    found = iter(torch.autograd.grad(y, differentiated, grad, create_graph=True))
+    return [next(found) if needed else None for needed in wanted]
 
 
 def _fake_product(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, gate: Tensor | None, activation: str) -> Tensor:

@@ -11,6 +11,7 @@ import functools
 import importlib
 import math
 import operator
+import subprocess
 import types
 import warnings
 from collections.abc import Sequence
@@ -151,12 +152,12 @@ _failed: set[tuple[Any, ...]] = set()
 def ran(what: str, launcher: str, *operands: Any) -> bool:
     """Whether a Triton kernel has run: not on a CPU, in other dtypes, or without Triton.
 
-    Where it can't be compiled, that is said once for these sizes.
+    Where it can't be compiled, that is said once for these sizes. Running out of memory is the caller's to know.
     """
     x, factors = operands[0], operands[1]
     if not x.is_cuda or not computes(x.dtype) or launchers() is None:
         return False
-    if _failed and (what, _sizes(factors)) in _failed:
+    if _failed and _case(what, x, factors) in _failed:
         return False
     run, index = operator.attrgetter(launcher)(launchers()), x.get_device()
     try:
@@ -164,8 +165,10 @@ def ran(what: str, launcher: str, *operands: Any) -> bool:
             return bool(run(*operands))
         with torch.cuda.device(index):  # Triton launches on the current device, whatever the tensors are on
             return bool(run(*operands))
-    except (importlib.import_module("triton.errors").TritonError, RuntimeError) as error:
-        _failed.add((what, _sizes(factors)))
+    except torch.OutOfMemoryError:
+        raise
+    except failures() as error:
+        _failed.add(_case(what, x, factors))
         warnings.warn(
             f"The Triton kernel for {what} of a Monarch product failed on {tuple(x.shape)} {x.dtype}, factor sizes "
             f"{_sizes(factors)}: {type(error).__name__}: {str(error)[:500]}. Batched products run instead, slower.",
@@ -173,6 +176,17 @@ def ran(what: str, launcher: str, *operands: Any) -> bool:
             stacklevel=2,
         )
         return False
+
+
+@functools.cache
+def failures() -> tuple[type[Exception], ...]:
+    """What compiling and launching a kernel raises: Triton, its compilers, a cache that can't be written."""
+    triton_error = importlib.import_module("triton.errors").TritonError
+    return triton_error, RuntimeError, OSError, subprocess.SubprocessError
+
+
+def _case(what: str, x: Tensor, factors: Tensor | list[Tensor]) -> tuple[Any, ...]:
+    return what, _sizes(factors), x.dtype, x.device
 
 
 def _sizes(factors: Tensor | list[Tensor]) -> str:

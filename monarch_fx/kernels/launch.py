@@ -39,6 +39,7 @@ TOTAL_M, TOTAL_N = 16, 64  # of a program that adds up parts of sums; twice the 
 TOTAL_LARGE = 2**18  # from so many sums on
 ALIGNED = 16  # bytes, of whatever a tensor descriptor describes, and of what Triton compiles wide loads for
 REMEMBERED = 4096  # launches, of all layers' sizes and numbers of tokens
+MOST_PROGRAMS = 65535  # of a grid's second and third axis
 
 Strides = Sequence[int]
 Layout = tuple[list[int], list[int], list[int]]  # shape, strides and block of a tensor descriptor
@@ -219,6 +220,8 @@ def first_launch(
         grid = triton.cdiv(width, tile.N), n_in * count, triton.cdiv(tokens, tile.M)
         row, read = in_parts(dtype, p, stride_x)
         options |= {"EVEN": p % tile.K == 0 and width % tile.N == 0, "ROW": row, "T_ROW": t_row}
+        if not _is_launchable(grid):
+            return None
         if count == 1:
             return Launch(tiles.first, grid, {}, (tokens, *read, *written), options, aligned)
         options["SPLITS"] = count
@@ -239,7 +242,7 @@ def second_launch(
     dtype: torch.dtype,
     device: torch.device,
     aligned: bool,
-) -> Launch:
+) -> Launch | None:
     n_out, n_in, rank, s = factor
     strides_t, stride_y, stride_gate = strides
     _, activation, gated = kinds
@@ -260,6 +263,8 @@ def second_launch(
         walkers = min(tile.count(tokens, s, n_out), most)
         return Launch(persistent.second, (walkers,), layouts, (tokens, depth, s, stride_gate), options, aligned)
     grid = triton.cdiv(s, tile.N), n_out, triton.cdiv(tokens, tile.M)
+    if not _is_launchable(grid):
+        return None
     options["EVEN"] = depth % tile.K == 0 and s % tile.N == 0
     row, parts = in_parts(dtype, depth, s, strides_t[1], strides_t[0], stride_y, stride_gate)
     return Launch(tiles.second, grid, {}, (tokens, *parts), {**options, "ROW": row}, aligned)
@@ -283,6 +288,9 @@ def whole_launch(
     held = fused_ranks(rank)
     is_large = tokens >= fused_large_tokens(n_in, n_out, sum(held), units(device))
     rows = 2 * FUSED_TOKENS if is_large else FUSED_TOKENS
+    grid = n_out, triton.cdiv(tokens, rows)
+    if not _is_launchable(grid):
+        return None
     R = [n_in, n_out, rank, p], [n_out * rank * p, rank * p, p, 1]
     L = [n_out, n_in, rank, s], [n_in * rank * s, rank * s, s, 1]
     layouts = {
@@ -293,7 +301,6 @@ def whole_launch(
     }
     options = {"N_IN": n_in, "N_OUT": n_out, "RANK": held[0], "REST": held[1], **early(device), **constants(kinds)}
     options |= {"M": rows, "N": FUSED_N, "K": FUSED_K, "STAGES": fused_stages(sum(held), rows), "num_warps": 4}
-    grid = n_out, triton.cdiv(tokens, rows)
     return Launch(fused.product, grid, layouts, (tokens, p, s, stride_gate), options, aligned)
 
 
@@ -310,20 +317,29 @@ def _launched(find: Callable[..., Launch | SplitLaunch | None], operands: Sequen
 @functools.cache
 def has_hopper_features(device: torch.device) -> bool:
     """Tensor descriptors that the copy engine reads, and launches before the kernel before has ended."""
-    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    is_nvidia = _is_there(device) and torch.version.hip is None
     return INTERPRETED or (is_nvidia and torch.cuda.get_device_capability(device) >= (9, 0))
 
 
 @functools.cache
 def units(device: torch.device) -> int:
     """Multiprocessors."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if _is_there(device) else 4
+
+
+def _is_there(device: torch.device) -> bool:
+    """Not where fake tensors are on a GPU that this machine doesn't have."""
+    return device.type == "cuda" and torch.cuda.is_available()
 
 
 def _describable(dtype: torch.dtype, device: torch.device, *strides: int) -> bool:
     """Whether tensors with these strides, the last ones aside, can have descriptors."""
     steps = all(stride > 0 and stride * dtype.itemsize % ALIGNED == 0 for stride in strides)
     return steps and has_hopper_features(device)
+
+
+def _is_launchable(grid: Sequence[int]) -> bool:
+    return all(programs <= MOST_PROGRAMS for programs in grid[1:])
 
 
 def in_parts(dtype: torch.dtype, *sizes: int) -> tuple[int, list[int]]:

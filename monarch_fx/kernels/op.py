@@ -11,7 +11,7 @@ import torch.compiler.config
 from torch import Tensor, fx
 
 from monarch_fx.errors import ConfigError, StructureError
-from monarch_fx.kernels import eager, gpu, grouped, reference
+from monarch_fx.kernels import autocast, eager, gpu, grouped, reference
 
 
 def _product(
@@ -104,14 +104,14 @@ def monarch_bmm(
             of the exact one before rounding. ``torch.compile`` finds activations behind a product by itself.
         gate: Like the result, which becomes ``activation(gate) * result``: the middle of a gated MLP.
         recompute: Whether the backward pass computes the intermediate anew, instead of keeping its ``tokens *
-            nblocks_out * nblocks_in * rank`` numbers for the gradient of L. Batched factors, and products under
-            function transforms, keep theirs.
+            nblocks_out * nblocks_in * rank`` numbers for the gradient of L. Batched or complex factors, and products
+            under function transforms, keep theirs.
 
     Returns:
         (*, out_features).
 
     Raises:
-        StructureError: The shapes or devices of the arguments disagree, or their dtypes do outside autocast.
+        StructureError: The shapes or devices of the arguments disagree, or the dtypes that autocast leaves them with.
         ConfigError: There is no such activation.
     """
     if activation not in reference.ACTIVATIONS:
@@ -130,7 +130,7 @@ def monarch_bmm(
                 f"got {tuple(x.shape)}."
             )
         rows = L.shape[-4] * L.shape[-1] if out_features is None else out_features
-        mixed = gate is not None and gate.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)
+        mixed = gate is not None and gate.dtype != x.dtype and not autocast.is_on(x.device)
         if gate is not None and (mixed or gate.device != x.device or gate.shape != (*x.shape[:-1], rows)):
             raise StructureError(
                 f"The gate must be like the result, {(*x.shape[:-1], rows)} in {x.dtype} on {x.device}, got "
@@ -204,9 +204,8 @@ def _check(x: Tensor, R: Tensor, L: Tensor, bias: Tensor | None, out_features: i
     if len(devices) > 1:
         names = ", ".join(sorted(str(device) for device in devices))
         raise StructureError(f"x, R, L and bias must be on one device, got {names}: move x or the model.")
-    dtypes = {t.dtype for t in (x, R, L, bias) if t is not None}
-    if len(dtypes) > 1 and not torch.is_autocast_enabled(x.device.type):
+    dtypes = {autocast.dtype(t) for t in (x, R, L, bias) if t is not None}
+    if len(dtypes) > 1:
         names = ", ".join(sorted(str(dtype) for dtype in dtypes))
-        raise StructureError(
-            f"x, R, L and bias must have one dtype outside autocast, got {names}: cast x or the factors."
-        )
+        where = "that autocast leaves alone" if autocast.is_on(x.device) else "outside autocast"
+        raise StructureError(f"x, R, L and bias must have one dtype {where}, got {names}: cast x or the factors.")

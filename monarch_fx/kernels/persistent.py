@@ -50,7 +50,7 @@ def first(
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    width, rank, stride_t, stride_j = width * ROW, rank * ROW, stride_t * ROW, stride_j * ROW
+    width, rank, stride_t, stride_j = width * ROW, rank * ROW, stride_t * ROW, tl.cast(stride_j, tl.int64) * ROW
     tiles_m = tl.cdiv(tokens, M)
     tiles_n = tl.cdiv(width, N)
     for tile in tl.range(tl.program_id(0), tiles_m * tiles_n * N_IN, UNITS, flatten=True):

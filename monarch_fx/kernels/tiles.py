@@ -5,7 +5,7 @@ once for each tile of tokens: with few tokens they run at the speed of reading t
 while the first one ends (programmatic dependent launch), where the GPU can do that.
 
 Sizes and strides are given in parts of ``ROW`` numbers: of a number Triton knows at most that 16 divides it, but rows
-of 16 bytes are enough to be loaded and stored at once.
+of 16 bytes are enough to be loaded and stored at once. Between rows of blocks lie all tokens: 2**31 numbers and more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def first(
         gdc_launch_dependents()
         gdc_wait()
     p, stride_x = p * ROW, stride_x * ROW
-    width, rank, stride_t, stride_j = width * T_ROW, rank * T_ROW, stride_t * T_ROW, stride_j * T_ROW
+    width, rank, stride_t, stride_j = width * T_ROW, rank * T_ROW, stride_t * T_ROW, tl.cast(stride_j, tl.int64) * T_ROW
     n = tl.program_id(0) * N + tl.arange(0, N)  # over j and i
     m = tl.program_id(2) * M + tl.arange(0, M)
     k = tl.program_id(1)
@@ -92,7 +92,7 @@ def second(
     if PDL:
         gdc_wait()
     depth, s, stride_t, stride_j, stride_y, stride_gate = (
-        depth * ROW, s * ROW, stride_t * ROW, stride_j * ROW, stride_y * ROW, stride_gate * ROW
+        depth * ROW, s * ROW, stride_t * ROW, tl.cast(stride_j, tl.int64) * ROW, stride_y * ROW, stride_gate * ROW
     )  # fmt: skip
     n = tl.program_id(0) * N + tl.arange(0, N)
     m = tl.program_id(2) * M + tl.arange(0, M)

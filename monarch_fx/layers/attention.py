@@ -66,7 +66,10 @@ def multi_head_attention(
         zeros = k.new_zeros(batch, num_heads, 1, head_dim)
         k, v, added = torch.cat([k, zeros], 2), torch.cat([v, zeros], 2), added + 1
 
-    mask = _mask(attn_mask, key_padding_mask, batch, num_heads, added, q.dtype)
+    causal = (
+        is_causal and key_padding_mask is None and not need_weights
+    )  # which hides the added keys, too, as PyTorch's
+    mask = None if causal else _mask(attn_mask, key_padding_mask, batch, num_heads, added, q.dtype)
     dropout_p = dropout_p if training else 0.0
     if need_weights:
         scores = (q / math.sqrt(head_dim)) @ k.mT
@@ -74,7 +77,7 @@ def multi_head_attention(
         weights = F.dropout(weights, dropout_p) if dropout_p > 0.0 else weights
         attended = weights @ v
     else:
-        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal and mask is None)
+        attended = F.scaled_dot_product_attention(q, k, v, mask, dropout_p, causal)
     y = attended.permute(2, 0, 1, 3).reshape(tokens, batch, embed_dim)
     y = F.linear(y, out_proj_weight, out_proj_bias)
     if not need_weights:

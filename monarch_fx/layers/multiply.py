@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from monarch_fx.errors import DenseFallbackWarning, StructureError
+from monarch_fx.kernels import autocast
 from monarch_fx.kernels.op import monarch_bmm, monarch_grouped_mm
 from monarch_fx.layers.match import find_piece
 from monarch_fx.rules import Multiply
@@ -34,7 +35,7 @@ def cut(shape: MonarchShape | None) -> Cut | None:
 
 def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
     """The product with the piece of the weight that ``matrix`` names; with the dense values where none fits."""
-    root, index, cast = operand.root, operand.index, operand.cast
+    root, index = operand.root, operand.index
     _, views, cuts = root.outline
     match = find_piece([MatrixView(*view) for view in views], matrix)
     if match is None:
@@ -44,7 +45,7 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
         dense = root.to_dense_root().reshape(-1).as_strided(*matrix.strided)
         batch = (matrix.batch_size,) if matrix.batch else ()
         dense = dense.reshape(*batch, matrix.out_features, matrix.in_features)
-        return lambda x, bias=None, *, offs=None: _dense_product(x, _chosen(dense, None, cast), bias, offs)
+        return lambda x, bias=None, *, offs=None: _dense_product(x, _read(operand, dense, None), bias, offs)
     suffix, out_features = root.suffix(match.piece), cuts[match.piece]
     picks = match.element if match.element is not None else index
 
@@ -58,10 +59,10 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
 
     def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
         if out_features is None:
-            dense = _chosen(getattr(root, f"dense{suffix}"), picks, cast)
+            dense = _read(operand, getattr(root, f"dense{suffix}"), picks)
             return _dense_product(widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
-        R = _chosen(getattr(root, f"R{suffix}"), picks, cast)
-        L = _chosen(getattr(root, f"L{suffix}"), picks, cast)
+        R = _read(operand, getattr(root, f"R{suffix}"), picks)
+        L = _read(operand, getattr(root, f"L{suffix}"), picks)
         if match.flipped:  # the transposed matrix has the same factors, in the other order
             R, L = L, R
         out = out_features[1] if match.flipped else out_features[0]
@@ -84,14 +85,16 @@ def warn_dense(operand: DenseLike, name: str) -> None:
         )
 
 
-def _chosen(factor: Any, picks: Any, cast: torch.dtype | None) -> Any:
+def _read(operand: WeightView, factor: Any, picks: Any) -> Any:
+    """A factor, or dense values, as a view of the weight reads them."""
+    factor = factor.detach() if operand.detached else factor
     factor = factor if picks is None else factor[picks]
-    return factor if cast is None else factor.to(cast)
+    return factor if operand.cast is None else factor.to(operand.cast)
 
 
 def widened(x: Any, factor: Any) -> Any:
     """A half-precision activation that meets float32 factors is widened (T5 keeps ``wo`` in float32)."""
-    if isinstance(x, fx.Proxy) or x.dtype == factor.dtype or torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, fx.Proxy) or autocast.dtype(x) == autocast.dtype(factor):
         return x
     return x.to(factor.dtype) if torch.promote_types(x.dtype, factor.dtype) == factor.dtype else x
 

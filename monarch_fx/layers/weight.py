@@ -41,6 +41,7 @@ class DenseLike:
     index: torch.Tensor | None = None
     picked: Dim | None = None
     cast: torch.dtype | None = None
+    detached = False
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -63,11 +64,24 @@ class DenseLike:
 
     @property
     def device(self) -> torch.device:
-        return next(self.root.parameters()).device
+        return self.root.some_factor.device
 
     @property
     def requires_grad(self) -> bool:
-        return any(factor.requires_grad for factor in self.root.parameters())
+        return not self.detached and any(factor.requires_grad for factor in self.root.parameters())
+
+    @requires_grad.setter
+    def requires_grad(self, wanted: bool) -> None:
+        self.root.requires_grad_(wanted)
+
+    @property
+    def data(self) -> torch.Tensor:
+        """What reads this is about to write."""
+        raise _writing("data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        raise _writing("data")
 
     @property
     def is_cuda(self) -> bool:
@@ -104,14 +118,29 @@ class DenseLike:
     def is_complex(self) -> bool:
         return self.dtype.is_complex
 
-    # nn.Module has methods of these names that cast in place; a weight that is read must never do that.
+    # nn.Module has methods of these names that cast or move in place; a weight that is read must never do that.
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        dtype = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), None))
-        dtype = dtype or next((a.dtype for a in args if isinstance(a, (torch.Tensor, DenseLike))), None)
+        """A cast is a view, which products know; on another device only the dense values are."""
+        like = next((a for a in args if isinstance(a, (torch.Tensor, DenseLike))), None)
+        dtype, device = (None, None) if like is None else (like.dtype, like.device)
+        dtype = kwargs.get("dtype", next((a for a in args if isinstance(a, torch.dtype)), dtype))
+        named = (a for a in args if isinstance(a, (str, torch.device, int)) and not isinstance(a, bool))
+        device = kwargs.get("device", next(named, device))
+        if device is not None and not _is_same(torch.device(device), self.device):
+            return densify(self, "to").to(device, dtype or self.dtype)
         return self if dtype is None or dtype == self.dtype else self.type(dtype)
 
+    def cpu(self, *args: Any, **kwargs: Any) -> Any:
+        return self.to("cpu")
+
+    def cuda(self, device: Any = None, non_blocking: bool = False) -> Any:
+        return self.to("cuda" if device is None else device)
+
+    def xpu(self, device: Any = None, non_blocking: bool = False) -> Any:
+        return self.to("xpu" if device is None else device)
+
     def type(self, dtype: torch.dtype) -> Any:
-        return WeightView(self.root, self.strided, self.index, self.picked, dtype)
+        return self.derived(cast=dtype)
 
     def type_as(self, other: Any) -> Any:
         return self.to(other.dtype)
@@ -133,7 +162,7 @@ class DenseLike:
             return _indexed(self, index)
         try:
             return view_of(self, "getitem", index)
-        except TypeError:
+        except (TypeError, ValueError):
             return densify(self, "__getitem__")[index]
 
     def __len__(self) -> int:
@@ -153,11 +182,31 @@ class DenseLike:
             if self.picked is not None:
                 raise StructureError("A single expert picked at run time can't be multiplied out: index with an int.")
             dense = dense[self.index]
-        return dense.to(self.dtype)
+        return (dense.detach() if self.detached else dense).to(self.dtype)
+
+    def derived(self, **changes: Any) -> WeightView:
+        """A view with other fields."""
+        fields = {name: getattr(self, name) for name in ("strided", "index", "picked", "cast", "detached")}
+        return WeightView(self.root, **{**fields, **changes})
+
+
+def _on_dense_values(name: str) -> Callable[..., Any]:
+    def operation(self: DenseLike, *others: Any) -> Any:
+        return getattr(densify(self, name), name)(*[_dense(other, name) for other in others])
+
+    return operation
+
+
+# Comparisons for equality stay those of objects, by which modules are told apart
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(DenseLike, f"__{_name}__", _on_dense_values(f"__{_name}__"))
+    setattr(DenseLike, f"__r{_name}__", _on_dense_values(f"__r{_name}__"))
+for _name in ("neg", "abs", "invert", "lt", "le", "gt", "ge", "float", "int"):
+    setattr(DenseLike, f"__{_name}__", _on_dense_values(f"__{_name}__"))
 
 
 class WeightView(DenseLike):
-    """A view of a MonarchWeight: transposed, sliced, indexed or cast."""
+    """A view of a MonarchWeight: transposed, sliced, indexed, cast or detached."""
 
     def __init__(
         self,
@@ -166,12 +215,14 @@ class WeightView(DenseLike):
         index: torch.Tensor | None = None,
         picked: Dim | None = None,
         cast: torch.dtype | None = None,
+        detached: bool = False,
     ) -> None:
         self.root = root
         self.strided = strided
         self.index = index
         self.picked = picked
         self.cast = cast
+        self.detached = detached
 
     def viewed(self) -> WeightView:
         return self
@@ -258,7 +309,13 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
 
     @property
     def own_dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
+        return self.some_factor.dtype
+
+    @property
+    def some_factor(self) -> torch.Tensor:
+        """By name: replicas of ``nn.DataParallel`` have no parameters."""
+        factor: torch.Tensor = getattr(self, f"{'dense' if self.shapes[0] is None else 'R'}{self.suffix(0)}")
+        return factor
 
     def monarch(self, piece: int = 0) -> Monarch | None:
         """The structured matrix of a piece; None where the piece is dense."""
@@ -327,8 +384,9 @@ def view_of(operand: DenseLike, name: str, *args: Any, **kwargs: Any) -> Any:
         for view in (views,) if isinstance(views, StridedView) else views:
             if (view.sizes[0], view.strides[0]) != first:
                 raise TypeError("a view that moves the dimension indexed at run time")
+    detached = operand.detached or name == "detach"
     made = [
-        WeightView(operand.root, view, operand.index, operand.picked, operand.cast)
+        operand.derived(strided=view, detached=detached)
         for view in ((views,) if isinstance(views, StridedView) else views)
     ]
     return made[0] if isinstance(views, StridedView) else tuple(made)
@@ -340,9 +398,9 @@ def _indexed(operand: DenseLike, index: torch.Tensor) -> Any:
         return densify(operand, "__getitem__")[index]
     strided = operand.strided
     if index.ndim == 1:
-        return WeightView(operand.root, strided, index, None, operand.cast)
+        return operand.derived(index=index)
     rest = StridedView(strided.sizes[1:], strided.strides[1:], strided.offset)
-    return WeightView(operand.root, rest, index, (strided.sizes[0], strided.strides[0]), operand.cast)
+    return operand.derived(strided=rest, index=index, picked=(strided.sizes[0], strided.strides[0]))
 
 
 def _tensor_attribute(operand: DenseLike, name: str) -> Any:
@@ -351,7 +409,8 @@ def _tensor_attribute(operand: DenseLike, name: str) -> Any:
         raise AttributeError(f"{type(operand).__name__!r} object has no attribute {name!r}")
     if name in VIEW_OPERATIONS:
         return lambda *args, **kwargs: _view_or_dense(operand, name, args, kwargs)
-    _forbid_writing(name)
+    if _writes(name):
+        raise _writing(name)
     return getattr(densify(operand, name), name)
 
 
@@ -365,17 +424,19 @@ def _view_or_dense(operand: DenseLike, name: str, args: Any, kwargs: Any) -> Any
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """A torch function that has a MonarchWeight, or a view of one, among its arguments."""
     name = op_name(func)
+    written = _flat([*(args[:1] if _writes(name) else ()), kwargs.get("out")])
+    if any(isinstance(a, DenseLike) for a in written):
+        raise _writing(name)
     if name in VIEW_OPERATIONS and isinstance(args[0], DenseLike):
         return _view_or_dense(args[0], name, args[1:], kwargs)
     if name == "multi_head_attention_forward":
         return multi_head_attention(*args, **kwargs)
     rule = RULES.get(name)
-    if rule is not None:
+    if rule is not None and kwargs.get("out") is None:
         answer = rule(*[_static(a) for a in args], **{key: _static(a) for key, a in kwargs.items()})
         if isinstance(answer, Product):
             operand = next(a for a in _flat([*args, *kwargs.values()]) if isinstance(a, DenseLike))
             return answer.rewrite(multiplier(operand.viewed(), answer.matrix))
-    _forbid_writing(name)
     plain = [_dense(a, name) for a in args]
     return func(*plain, **{key: _dense(a, name) for key, a in kwargs.items()})
 
@@ -408,9 +469,17 @@ def densify(operand: DenseLike, name: str) -> torch.Tensor:
     return operand.to_dense()
 
 
-def _forbid_writing(name: str) -> None:
-    if name == "data" or (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "set_data"):
-        raise StructureError(
-            f"{name!r} would write into a Monarch weight as if it were dense, and the values would be lost: write to "
-            "its factors R and L, or call monarch_fx.to_dense(model) first."
-        )
+def _is_same(device: torch.device, own: torch.device) -> bool:
+    return device.type == own.type and device.index in (None, own.index)
+
+
+def _writes(name: str) -> bool:
+    """Whether an operation writes into its first operand."""
+    return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "set_data")
+
+
+def _writing(name: str) -> StructureError:
+    return StructureError(
+        f"{name!r} would write into a Monarch weight as if it were dense, and the values would be lost: write to its "
+        "factors R and L, or call monarch_fx.to_dense(model) first."
+    )
