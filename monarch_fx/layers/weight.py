@@ -424,9 +424,6 @@ def _view_or_dense(operand: DenseLike, name: str, args: Any, kwargs: Any) -> Any
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """A torch function that has a MonarchWeight, or a view of one, among its arguments."""
     name = op_name(func)
-    written = _flat([*(args[:1] if _writes(name) else ()), kwargs.get("out")])
-    if any(isinstance(a, DenseLike) for a in written):
-        raise _writing(name)
     if name in VIEW_OPERATIONS and isinstance(args[0], DenseLike):
         return _view_or_dense(args[0], name, args[1:], kwargs)
     if name == "multi_head_attention_forward":
@@ -437,6 +434,9 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(answer, Product):
             operand = next(a for a in _flat([*args, *kwargs.values()]) if isinstance(a, DenseLike))
             return answer.rewrite(multiplier(operand.viewed(), answer.matrix))
+    written = _flat([*(args[:1] if _writes(name) else ()), kwargs.get("out")])
+    if any(isinstance(a, DenseLike) for a in written):
+        raise _writing(name)
     plain = [_dense(a, name) for a in args]
     return func(*plain, **{key: _dense(a, name) for key, a in kwargs.items()})
 
