@@ -28,7 +28,7 @@ from monarch_fx.passes.select import Patterns, select
 from monarch_fx.planning import check_choices, decide
 from monarch_fx.planning.workload import Tokens, planned_dtype, token_mix
 from monarch_fx.records import Candidate, HiddenOrder, Plan, Report
-from monarch_fx.rewritten import note
+from monarch_fx.rewritten import note, report
 
 
 # In inference mode nothing could be differentiated, and factors could never be trained.
@@ -168,7 +168,9 @@ def monarchify(
     if isinstance(model, torch.export.ExportedProgram):
         others: dict[str, Any] = {"plan": plan, "example_inputs": example_inputs, "init": init, "work_dir": work_dir}
         rewritten = monarchify(graph.program_module(model), inplace=True, **choices, **others)
-        return graph.export_again(model, rewritten)
+        exported = graph.export_again(model, rewritten)
+        note(exported, report(rewritten))
+        return exported
     model = checks.check_model(model)
     if checks.on_meta(model):
         raise MetaDeviceError(

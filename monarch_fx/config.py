@@ -56,8 +56,9 @@ class MonarchConfig:
         if self.rank is not None and self.grid is None:
             raise ConfigError(f"MonarchConfig.rank={self.rank} needs a grid: give nblocks as well.")
         choices = self.nblocks_choices
-        if not choices or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in choices):
-            raise ConfigError(f"MonarchConfig.nblocks_choices must be positive integers, got {choices!r}.")
+        are_many = isinstance(choices, (tuple, list)) and len(choices) > 0
+        if not are_many or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in choices):
+            raise ConfigError(f"MonarchConfig.nblocks_choices must be a tuple of positive integers, got {choices!r}.")
 
     @property
     def grid(self) -> tuple[int, int] | None:

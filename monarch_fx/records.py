@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from monarch_fx.errors import PlanMismatchError
+from monarch_fx.errors import ConfigError, PlanMismatchError, StructureError
 from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
 
@@ -229,19 +229,31 @@ class Plan:
         for decision in self.decisions:
             if decision.candidate.name == name:
                 return decision
-        known = ", ".join(d.candidate.name for d in self.decisions[:5])
-        raise KeyError(f"The plan has no product {name!r}. Its products: {known}, ...")
+        known = ", ".join(d.candidate.name for d in self.decisions[:5]) + (", ..." if len(self.decisions) > 5 else "")
+        raise KeyError(f"The plan has no product {name!r}. Its products: {known}")
 
     def with_shape(self, name: str, *, nblocks_out: int = 1, nblocks_in: int = 1, rank: int | None = None) -> Plan:
-        """A copy in which product ``name`` has another structure, or stays dense where ``rank`` is None.
+        """A copy in which product ``name`` has another structure, or stays dense where nothing else is given.
 
         The error, the loss and the times of an edited product are not predicted again: they are NaN.
+
+        Raises:
+            KeyError: The plan has no such product.
+            ConfigError: A grid has no rank.
+            StructureError: The matrix has no room for the grid, or its blocks for the rank.
         """
         old = self[name]
         shape = None
         if rank is not None:
             size = old.candidate.in_features, old.candidate.out_features
             shape = MonarchShape(*size, nblocks_out=nblocks_out, nblocks_in=nblocks_in, rank=rank)
+            if rank > min(shape.p, shape.s):
+                raise StructureError(
+                    f"{name!r} has blocks of {shape.s} x {shape.p} in a grid of {nblocks_out}x{nblocks_in}, which are "
+                    f"exact at rank {min(shape.p, shape.s)}, got rank={rank}."
+                )
+        elif (nblocks_out, nblocks_in) != (1, 1):
+            raise ConfigError(f"A grid of {nblocks_out}x{nblocks_in} blocks for {name!r} needs a rank.")
         nan = float("nan")
         new = dataclasses.replace(
             old,

@@ -23,8 +23,8 @@ from monarch_fx.records import Report
 _REPORT = "_monarch_fx_report"
 
 
-def report(model: nn.Module) -> Report:
-    """What ``monarchify`` did to ``model``.
+def report(model: nn.Module | torch.export.ExportedProgram) -> Report:
+    """What ``monarchify`` did to ``model``; of a program what it did to this object, which its file doesn't hold.
 
     Raises:
         MonarchError: The model was not made by ``monarchify``.
@@ -35,7 +35,7 @@ def report(model: nn.Module) -> Report:
     return made
 
 
-def note(model: nn.Module, made: Report) -> None:
+def note(model: nn.Module | torch.export.ExportedProgram, made: Report) -> None:
     """Replaces the report of a model."""
     setattr(model, _REPORT, made)
 

@@ -196,6 +196,15 @@ class Failing(nn.Module):
         return x
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 0.0])
+def test_inputs_that_vary_little_about_a_large_mean(scale: float) -> None:
+    """Their covariance, from moments of float32 numbers, has negative eigenvalues."""
+    model, x = nn.Sequential(nn.Linear(64, 64)), 100 + scale * torch.randn(4, 8, 64)
+    made = mfx.monarchify(model, config=mfx.MonarchConfig(nblocks=2), example_inputs=x, anchor=[x, x])
+    with torch.no_grad():
+        assert (made(x) - model(x)).norm() < 1e-2 * model(x).norm()
+
+
 def test_what_fails_in_a_run_is_raised_and_no_thread_stays() -> None:
     model, data = Failing(), batches()
     plan = mfx.plan(model, example_inputs=data[0], config=CONFIG)

@@ -358,6 +358,8 @@ def test_under_inference_mode(model: nn.Module, batches: list[torch.Tensor], mad
 def test_refusals(model: nn.Module, batches: list[torch.Tensor]) -> None:
     with pytest.raises(ConfigError, match=r"iterable of batches.*got a Tensor.*into a list"):
         mfx.plan(model, example_inputs=batches[0], calibration=batches[0], **HALF)
+    with pytest.raises(ConfigError, match="no token that counts"):
+        mfx.plan(nn.Linear(8, 64), config=mfx.MonarchConfig(nblocks=2), calibration=[torch.zeros(0, 8)])
     with pytest.raises(ConfigError, match="has no batches"):
         mfx.plan(model, example_inputs=batches[0], calibration=[], **HALF)
     with pytest.raises(ExampleInputsError, match=r"calibration\[1\] \(y\) can't be passed to Mixed\.forward"):
@@ -374,6 +376,13 @@ def test_refusals(model: nn.Module, batches: list[torch.Tensor]) -> None:
     program = torch.export.export(nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64)), (batches[0],))
     with pytest.raises(ConfigError, match="An ExportedProgram can't be calibrated"):
         mfx.plan(program, 0.5, calibration=batches)
+
+
+def test_outputs_that_are_all_alike_have_gradients() -> None:
+    """As a last normalisation makes them of inputs that are."""
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64), nn.LayerNorm(64))
+    calibration = mfx.calibrate(model, [torch.ones(4, 8)])
+    assert all(seen.gradients.isfinite().all() for seen in calibration.statistics.values())
 
 
 class Functional(nn.Module):

@@ -48,6 +48,7 @@ def test_exported_program_in_exported_program_out() -> None:
     rewritten = mfx.monarchify(program, config=HALF_GRID)
     assert isinstance(rewritten, torch.export.ExportedProgram)
     assert sum("monarch_bmm" in str(n.target) for n in rewritten.graph.nodes) == 14
+    assert mfx.report(rewritten).plan.monarch_calls == 14
     longer = torch.randn(3, 11, 32)
     torch.testing.assert_close(rewritten.module()(longer), rewritten_eager(program)(longer), rtol=1e-4, atol=1e-5)
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -98,91 +99,143 @@ def test_dense_models_compute_the_same(name: str, groups: int, along: int) -> No
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-class Free(nn.Module):
-    """An MLP whose hidden features nothing else sees; what is made of it spoils that."""
+class Mlp(nn.Module):
+    """Hidden features that nothing else sees; what is made of it spoils that, each in one way."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down, self.other = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 64)
-        self.norm = nn.LayerNorm(64)
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down(F.gelu(self.up(x)))
+
+
+class Free(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
         self.scale = nn.Parameter(torch.rand(64))
-        self.register_buffer("mask", torch.rand(64))
 
     def forward(self, x: Tensor) -> Any:
         return self.down(F.gelu(self.up(x)) * self.scale)
 
 
-class Residual(Free):
+class Residual(Mlp):
     def forward(self, x: Tensor) -> Any:
         return self.down(F.gelu(self.up(x)) + torch.cat([x, x], -1))
 
 
-class Normed(Free):
+class Normed(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(64)
+
     def forward(self, x: Tensor) -> Any:
         return self.down(self.norm(self.up(x)))
 
 
-class Masked(Free):
+class Masked(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(64))
+
     def forward(self, x: Tensor) -> Any:
         return self.down(self.up(x) * self.mask)
 
 
-class Returned(Free):
+class Returned(Mlp):
     def forward(self, x: Tensor) -> Any:
         hidden = F.gelu(self.up(x))
         return self.down(hidden), hidden
 
 
-class Summed(Free):
+class Summed(Mlp):
     def forward(self, x: Tensor) -> Any:
         hidden = self.up(x)
         return self.down(F.gelu(hidden)) * hidden[..., :32]
 
 
-class Twice(Free):
+class Twice(Mlp):
     def forward(self, x: Tensor) -> Any:
         return self.down(F.gelu(self.up(self.down(F.gelu(self.up(x))))))
 
 
-class SharedBias(Free):
+class SharedBias(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.other = nn.Linear(32, 64, bias=False), nn.Linear(32, 64)
+
     def forward(self, x: Tensor) -> Any:
         return self.down(F.gelu(F.linear(x, self.up.weight, self.other.bias))) + self.other(x)[..., :32]
 
 
-class Reshaped(Free):
+class Reshaped(Mlp):
     def forward(self, x: Tensor) -> Any:
         return self.down(self.up(x).view(-1, 2, 32).transpose(1, 2).reshape(-1, 64))
 
 
-class Packed(Free):
+class Packed(Mlp):
     def forward(self, x: Tensor) -> Any:
         gate, value = self.up(x).chunk(2, -1)
         return F.linear(F.silu(gate) * value, self.down.weight[:, :32], self.down.bias)
 
 
-class TiedWeight(Free):
+class TiedWeight(Mlp):
     def __init__(self) -> None:
         super().__init__()
+        self.other = nn.Linear(32, 64)
         self.other.weight = self.up.weight
 
     def forward(self, x: Tensor) -> Any:
         return self.down(F.gelu(self.up(x))) + self.other(x)[..., :32]
 
 
-class Hooked(Free):
+class Hooked(Mlp):
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[float] = []
         self.down.register_forward_pre_hook(lambda module, args: None)
 
 
-class Softmaxed(Free):
+class HookedAround(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Sequential(self.up, nn.GELU())
+        self.start.register_forward_hook(lambda module, args, output: None)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.down(self.start(x))
+
+
+class Adapted(Mlp):
+    """With an adapter that is off."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.rand(4, 64)), nn.Parameter(torch.rand(32, 4))
+
+    def forward(self, x: Tensor, on: bool = False) -> Any:
+        hidden = F.gelu(self.up(x))
+        y = self.down(hidden)
+        return y + F.linear(F.linear(hidden, self.A), self.B) if on else y
+
+
+class MaskedAtTimes(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.rand(64))
+
+    def forward(self, x: Tensor, on: bool = False) -> Any:
+        hidden = F.gelu(self.up(x))
+        return self.down(hidden * self.mask if on else hidden)
+
+
+class Softmaxed(Mlp):
     def forward(self, x: Tensor) -> Any:
         return self.down(self.up(x).softmax(-1))
 
 
 SEEN = [
-    *(Residual, Normed, Masked, Returned, Summed, Twice, SharedBias, Reshaped, Packed, TiedWeight, Hooked, Softmaxed),
+    *(Residual, Normed, Masked, Returned, Summed, Twice, SharedBias, Reshaped, Packed, TiedWeight, Softmaxed),
+    *(Hooked, HookedAround, Adapted, MaskedAtTimes),
 ]
 
 
@@ -194,6 +247,18 @@ def orders_of(make: Callable[[], nn.Module], config: mfx.MonarchConfig = ROWS) -
 def test_free_features_take_biases_and_scales_along() -> None:
     (order,) = orders_of(Free)
     assert set(order.along) == {("up.weight", 0), ("up.bias", 0), ("scale", 0), ("down.weight", 1)}
+
+
+def test_hooks_on_what_is_around_do_not_matter_and_hooks_on_every_module_do() -> None:
+    model, data = nn.Sequential(Mlp(), nn.ReLU()).double(), batches()
+    model[0].register_forward_hook(lambda module, args, output: None)
+    plan = functools.partial(mfx.plan, model, example_inputs=data[0], calibration=data, config=ROWS)
+    assert len(plan().orders) == 1
+    everywhere = nn.modules.module.register_module_forward_hook(lambda module, args, output: None)
+    try:
+        assert plan().orders == ()
+    finally:
+        everywhere.remove()
 
 
 @pytest.mark.parametrize("make", SEEN)

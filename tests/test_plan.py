@@ -37,6 +37,55 @@ def test_plan_is_edited() -> None:
     assert str(rewritten[2].weight.monarch().shape) == "4x1 r8"
 
 
+def test_edits_that_no_matrix_has_room_for_are_refused() -> None:
+    plan = mfx.plan(mlp(), config=HALF_GRID)
+    with pytest.raises(errors.StructureError, match=r"in a grid of 2x2, which are exact at rank \d+, got rank=1000000"):
+        plan.with_shape("0.weight", nblocks_out=2, nblocks_in=2, rank=10**6)
+    with pytest.raises(errors.ConfigError, match=r"2x2 blocks for '0\.weight' needs a rank"):
+        plan.with_shape("0.weight", nblocks_out=2, nblocks_in=2)
+    with pytest.raises(KeyError, match=r"no product 'none'. Its products: 0\.weight, 2\.weight\W+$"):
+        plan.with_shape("none", rank=8)
+    model, text = mlp(), plan.to_json()
+    before = copy.deepcopy(model.state_dict())
+    forged = mfx.Plan.from_json(re.sub(r'"rank": \d+', '"rank": 1000000', text))
+    with pytest.raises(errors.PlanMismatchError, match="rank 1000000: at"):
+        mfx.monarchify(model, plan=forged, inplace=True)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_a_grid_that_fits_nowhere_is_said() -> None:
+    config = mfx.MonarchConfig(nblocks=1000)
+    with pytest.warns(errors.BudgetWarning, match="1000x1000 blocks fits none of the 2 products"):
+        assert not mfx.plan(mlp(), config=config).rewritten
+    with pytest.raises(errors.BudgetError, match="Use fewer blocks"):
+        mfx.plan(mlp(), config=config, strict=True)
+
+
+@pytest.mark.parametrize("pattern", [nn.Linear, nn.Linear(2, 2)])
+def test_a_class_or_a_module_is_no_pattern(pattern: object) -> None:
+    with pytest.raises(errors.ConfigError, match=r"lambda name, owner: isinstance\(owner, nn\.Linear\), got .*Linear"):
+        mfx.plan(mlp(), config=HALF_GRID, include=pattern)
+
+
+class Raw(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.V, self.W = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(64, 64))
+        self.scale = nn.Parameter(torch.ones(64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.V @ self.W * self.scale
+
+
+@pytest.mark.parametrize("include", ["0.V", "0.W", "*"])
+def test_parameters_keep_their_order_through_rewriting(include: str) -> None:
+    """Optimizers' states know parameters by their places."""
+    model = nn.Sequential(Raw(), nn.Linear(64, 64), mfx.MonarchLinear(64, 64))
+    made = mfx.monarchify(model, config=HALF_GRID, example_inputs=torch.randn(2, 64), include=include)
+    names = [name for name, _ in mfx.to_dense(made).named_parameters()]
+    assert names == ["0.V", "0.W", "0.scale", "1.weight", "1.bias", "2.weight", "2.bias"]
+
+
 def test_one_structure_everywhere() -> None:
     config = mfx.MonarchConfig(nblocks_out=4, nblocks_in=1, rank=8)
     rewritten = mfx.monarchify(mlp(), config=config)

@@ -22,8 +22,9 @@ def test_other_operations_get_the_dense_values_with_a_warning() -> None:
 
 def test_writing_into_a_weight_is_refused() -> None:
     layer = mfx.MonarchLinear(16, 8, nblocks=2)
-    with pytest.raises(errors.StructureError, match="factors R and L"):
-        nn.init.zeros_(layer.weight)
+    for write in (nn.init.zeros_, nn.init.normal_, nn.init.kaiming_uniform_, nn.init.xavier_uniform_):
+        with pytest.raises(errors.StructureError, match="factors R and L"):
+            write(layer.weight)
     with pytest.raises(errors.StructureError, match="factors R and L"):
         layer.weight.data.zero_()
     with pytest.raises(errors.StructureError, match="factors R and L"):
@@ -94,6 +95,17 @@ def test_reading_a_weight_in_another_dtype_does_not_cast_it() -> None:
     y = torch.nn.functional.linear(x, layer.weight.double())
     assert layer.weight.R.dtype == torch.float32
     torch.testing.assert_close(y, x @ layer.weight.to_dense().double().T)
+
+
+def test_a_padded_weight_takes_its_own_number_of_features() -> None:
+    layer = mfx.MonarchLinear(62, 61, nblocks=4)
+    assert layer(torch.randn(3, 62)).shape == (3, 61)
+    for features in (61, 63, 64):
+        with pytest.raises(errors.StructureError, match=rf"takes 62 input features, got .*\(3, {features}\)"):
+            layer(torch.randn(3, features))
+    for features in (60, 62, 64):
+        with pytest.raises(errors.StructureError, match="takes 61 input features"):
+            torch.randn(3, features) @ layer.weight
 
 
 def test_views_reach_the_same_factors() -> None:

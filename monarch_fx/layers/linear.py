@@ -60,6 +60,7 @@ class MonarchLinear(nn.Linear):
         monarch = Monarch.empty(shape, **factory)
         view = StridedView.whole((out_features, in_features)).matrix(out=[0], inp=[1])
         self.weight = MonarchWeight((out_features, in_features), [(view, monarch)])
+        self.weight.behind = ("bias",)
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, **factory))
         else:

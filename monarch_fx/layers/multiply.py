@@ -27,7 +27,7 @@ Outline = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...], tuple["Cut | None"
 
 
 def cut(shape: MonarchShape | None) -> Cut | None:
-    """``out_features`` of a product, and of the transposed one, where they cut off padding; None for a dense piece."""
+    """``out_features`` and ``in_features`` of a product, where the grid pads them; None for a dense piece."""
     if shape is None:
         return None
     return (shape.out_features, shape.in_features) if shape.padded else (None, None)
@@ -46,7 +46,7 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
         batch = (matrix.batch_size,) if matrix.batch else ()
         dense = dense.reshape(*batch, matrix.out_features, matrix.in_features)
         return lambda x, bias=None, *, offs=None: _dense_product(x, _read(operand, dense, None), bias, offs)
-    suffix, out_features = root.suffix(match.piece), cuts[match.piece]
+    suffix, sizes = root.suffix(match.piece), cuts[match.piece]
     picks = match.element if match.element is not None else index
 
     def multiply(x: Any, bias: Any = None, *, offs: Any = None) -> Any:
@@ -58,15 +58,15 @@ def multiplier(operand: WeightView, matrix: MatrixView) -> Multiply:
         return y if root.observer is None else root.observer(match, x, y)
 
     def product(x: Any, bias: Any = None, offs: Any = None) -> Any:
-        if out_features is None:
+        if sizes is None:
             dense = _read(operand, getattr(root, f"dense{suffix}"), picks)
             return _dense_product(widened(x, dense), dense.mT if match.flipped else dense, bias, offs)
         R = _read(operand, getattr(root, f"R{suffix}"), picks)
         L = _read(operand, getattr(root, f"L{suffix}"), picks)
         if match.flipped:  # the transposed matrix has the same factors, in the other order
             R, L = L, R
-        out = out_features[1] if match.flipped else out_features[0]
-        x = widened(x, R)
+        out, features = reversed(sizes) if match.flipped else sizes
+        x = widened(taken(x, features), R)
         if offs is not None:
             return monarch_grouped_mm(x, R, L, offs, out_features=out)
         return monarch_bmm(x, R, L, bias, out_features=out, recompute=root.recompute)
@@ -97,6 +97,17 @@ def widened(x: Any, factor: Any) -> Any:
     if isinstance(x, fx.Proxy) or autocast.dtype(x) == autocast.dtype(factor):
         return x
     return x.to(factor.dtype) if torch.promote_types(x.dtype, factor.dtype) == factor.dtype else x
+
+
+def taken(x: Any, features: int | None) -> Any:
+    """x with as many features as a padded matrix takes: the factors alone would take a few more, or fewer.
+
+    Raises:
+        StructureError: They are not as many.
+    """
+    if features is not None and not isinstance(x, fx.Proxy) and x.shape[-1] != features:
+        raise StructureError(f"The matrix takes {features} input features, got x of shape {tuple(x.shape)}.")
+    return x
 
 
 def _dense_product(x: Any, dense: Any, bias: Any, offs: Any) -> Any:

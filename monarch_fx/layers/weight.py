@@ -21,7 +21,7 @@ from monarch_fx.errors import StructureError
 from monarch_fx.kernels.op import monarch_bmm
 from monarch_fx.layers.attention import multi_head_attention
 from monarch_fx.layers.match import Match
-from monarch_fx.layers.multiply import Cut, Outline, cut, multiplier, warn_dense, widened
+from monarch_fx.layers.multiply import Cut, Outline, cut, multiplier, taken, warn_dense, widened
 from monarch_fx.rules import RULES, Product, Static, op_name
 from monarch_fx.structure import Monarch, MonarchShape
 from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView
@@ -245,6 +245,7 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
     """
 
     recompute = False  # the intermediate of its products in the backward pass, instead of keeping it
+    behind: tuple[str, ...] = ()  # the owner's parameters that stood behind it
 
     def __init__(
         self,
@@ -282,8 +283,9 @@ class MonarchWeight(DenseLike, nn.Module):  # type: ignore[misc] # the tensor's 
         if func is F.linear and not kwargs and isinstance(args[0], torch.Tensor) and isinstance(args[1], MonarchWeight):
             weight, bias = args[1], args[2] if len(args) > 2 else None
             if weight.whole is not None and weight.observer is None and not isinstance(bias, DenseLike):
-                R, L, out = weight.R, weight.L, weight.whole[0]
-                return monarch_bmm(widened(args[0], R), R, L, bias, out_features=out, recompute=weight.recompute)
+                R, L, (out, features) = weight.R, weight.L, weight.whole
+                x = widened(taken(args[0], features), R)
+                return monarch_bmm(x, R, L, bias, out_features=out, recompute=weight.recompute)
         return dispatch(func, args, kwargs or {})
 
     def _factor(self, name: str, value: torch.Tensor, requires_grad: bool) -> None:
@@ -434,7 +436,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(answer, Product):
             operand = next(a for a in _flat([*args, *kwargs.values()]) if isinstance(a, DenseLike))
             return answer.rewrite(multiplier(operand.viewed(), answer.matrix))
-    written = _flat([*(args[:1] if _writes(name) else ()), kwargs.get("out")])
+    written = _flat([*((args[:1] or kwargs.values()) if _writes(name) else ()), kwargs.get("out")])
     if any(isinstance(a, DenseLike) for a in written):
         raise _writing(name)
     plain = [_dense(a, name) for a in args]

@@ -315,6 +315,8 @@ def _run(
         first = False
     if first:
         raise ConfigError("calibration has no batches; an iterator that was read already gives none again.")
+    if sums.counts and not any(sums.counts.values()):
+        raise ConfigError("The calibration data have no token that counts: they are empty, or a mask hides them all.")
     return sums.statistics(), sums.loss
 
 

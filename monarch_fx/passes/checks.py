@@ -181,6 +181,12 @@ def check_plan(model: nn.Module, plan: Any) -> None:
                 f"The plan is for another architecture: it has {candidate.parameter!r} of shape "
                 f"{candidate.parameter_shape}, the model has {has}."
             )
+        shape = decision.shape
+        if shape is not None and shape.rank > min(shape.s, shape.p):
+            raise PlanMismatchError(
+                f"The plan gives {candidate.name!r} blocks of {shape.s} x {shape.p} with rank {shape.rank}: at "
+                f"{min(shape.s, shape.p)} they are exact."
+            )
     for order in plan.orders:
         for name, dimension in order.along:
             size = parameters[name].shape[dimension] if name in parameters else 0

@@ -9,11 +9,13 @@ first weights, columns of the second ones and biases are permuted once, which co
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules import module as module_hooks
 
 from monarch_fx.passes.calibrate import Calibration, Statistics
 from monarch_fx.passes.candidates import Found, StaticValue, Use, find_products, tied_names
@@ -57,8 +59,12 @@ def find_hidden(captured: Captured, model: nn.Module) -> list[Hidden]:
     """All hidden features of which the graph shows that nothing else sees them.
 
     They are left as they are where the output, a residual, a normalisation, a buffer or a forward hook sees them, where
-    a weight is tied, or read twice or in part, and where their shapes were not captured.
+    a weight is tied, or read twice or in part, and where their shapes were not captured. So they are where a parameter
+    or buffer as long as they was not read, in the module around them: an adapter or a mask, which another run may use.
+    What is computed in training alone, or for other arguments, without either, is not seen.
     """
+    if module_hooks._global_forward_hooks or module_hooks._global_forward_pre_hooks:
+        return []
     return list(_Search(captured, model, find_products(captured, model)))
 
 
@@ -161,6 +167,10 @@ class _Search:
         for graph in captured.graphs:
             for node in graph.nodes:
                 self._note_reader(node)
+        read = {*captured.parameters.items(), *captured.buffers.items()}
+        tensors = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
+        seen = {id(tensors.get(name)) for node, name in read if node.users}
+        self.unread = {name: tuple(tensor.shape) for name, tensor in tensors.items() if id(tensor) not in seen}
         uses = [use for mine in found.uses.values() for use in mine]
         self.products = {use.node: use for use in uses if self._is_whole(use)}
 
@@ -171,7 +181,7 @@ class _Search:
                 group = _Group(self)
                 free = group.spread(start)
                 seen |= group.nodes
-                if free and group.readers:
+                if free and group.readers and group.is_hidden():
                     yield group.hidden()
 
     def _note_reader(self, node: fx.Node) -> None:
@@ -205,14 +215,13 @@ class _Search:
         owner = self.modules[parameter.rpartition(".")[0]]
         return self.readers[parameter] == {node} and parameter not in self.ties and not _is_hooked(owner)
 
-    def layer(self, node: fx.Node) -> nn.Module | None:
-        """The innermost module that computes the node, where it is known."""
-        stack = list((node.meta.get("nn_module_stack") or {}).values())
-        return self.modules.get(stack[-1][0]) if stack else None
+    def around(self, node: fx.Node) -> set[str]:
+        """The modules that compute the node, where they are known."""
+        return {path for path, _ in (node.meta.get("nn_module_stack") or {}).values()} & self.modules.keys()
 
 
-def _is_hooked(module: nn.Module | None) -> bool:
-    return module is not None and bool(module._forward_hooks or module._forward_pre_hooks)
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Group:
@@ -241,7 +250,7 @@ class _Group:
                 continue
             self.nodes.add(node)
             more = self._sources(node)
-            if more is None or not self._are_features(node) or _is_hooked(self.search.layer(node)):
+            if more is None or not self._are_features(node):
                 return False
             for user in node.users:
                 name = op_name(user.target)
@@ -256,6 +265,20 @@ class _Group:
                     return False
             waiting += more
         return True
+
+    def is_hidden(self) -> bool:
+        """Whether no hook stands between the features, and nothing as long as they waits for another run."""
+        search = self.search
+        around = [search.around(node) for node in (*self.nodes, *(use.node for use in self.readers))]
+        if any(_is_hooked(search.modules[path]) for path in set[str].union(*around) - set[str].intersection(*around)):
+            return False
+        owners = [use.parameter.split(".")[:-1] for use in (*self.writers, *self.readers)]
+        home = [
+            level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*owners, strict=False))
+        ]
+        return not any(
+            name.split(".")[: len(home)] == home and self.size in shape for name, shape in search.unread.items()
+        )
 
     def _sources(self, node: fx.Node) -> list[fx.Node] | None:
         """Nodes that the node has the features from; None where it has them from anything but products."""

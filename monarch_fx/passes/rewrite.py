@@ -54,6 +54,8 @@ def install(model: nn.Module, name: str, weight: MonarchWeight) -> None:
     """Puts ``weight`` where the parameter ``name`` is, under the same name."""
     path, _, key = name.rpartition(".")
     owner = model.get_submodule(path)
+    names = list(owner._parameters)
+    weight.behind = tuple(names[names.index(key) + 1 :])
     del owner._parameters[key]
     weight.train(owner.training)
     owner.register_module(key, weight)
@@ -110,5 +112,7 @@ def restore_dense(model: nn.Module, dense: Mapping[MonarchWeight, nn.Parameter] 
                     made[child] = child.multiplied_out()
                 del module._modules[key]
                 module.register_parameter(key, made[child])
+                for name in [name for name in module._parameters if name in child.behind]:
+                    module._parameters[name] = module._parameters.pop(name)  # optimizers know parameters by their order
         if isinstance(module, MonarchLinear):
             module.__class__ = nn.Linear  # type: ignore[assignment]

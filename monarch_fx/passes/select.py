@@ -112,10 +112,11 @@ def _matches(pattern: Pattern, which: str, name: str, model: nn.Module) -> bool:
         return fnmatch.fnmatchcase(name, pattern) or (bool(layer) and fnmatch.fnmatchcase(layer, pattern))
     if isinstance(pattern, re.Pattern):
         return pattern.search(name) is not None
-    if callable(pattern):
+    if callable(pattern) and not isinstance(pattern, (type, nn.Module)):
         return bool(pattern(name, _owner(model, name)))
     raise ConfigError(
-        f"{which} must be a glob (str), a compiled regex or a callable(name, owner), got {type(pattern).__name__}."
+        f"{which} must be a glob (str), a compiled regex or a callable(name, owner) such as "
+        f"lambda name, owner: isinstance(owner, nn.Linear), got {pattern!r:.80}."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,7 +87,8 @@ def decide(
 
     Raises:
         ConfigError: As ``check_choices``.
-        BudgetError: ``strict``, and the budget can't be reached; else that is a ``BudgetWarning``.
+        BudgetError: ``strict``, and the budget can't be reached, or no product has room for the grid that is forced;
+            else that is a ``BudgetWarning``.
         DeviceProfileError: The profile doesn't know ``dtype``, or the stopwatch can't time a product.
     """
     check_choices(budget, workload, objective, config)
@@ -102,6 +104,12 @@ def decide(
         shortfall = ""
         if budget is None or is_forced(config, budget):
             chosen, why = [product.measured(product.options[0]) for product in products], "forced by config"
+            if config.grid is not None and all(option.shape is None for option in chosen):
+                n_out, n_in = config.grid
+                shortfall = (
+                    f"A grid of {n_out}x{n_in} blocks fits none of the {len(candidates)} products, which have fewer "
+                    "rows or columns: they stay dense. Use fewer blocks."
+                )
         else:
             weights = _weights(candidates, losses)
             chosen, why, shortfall = _within(budget, objective, menus, products, weights, doubt, groups)
@@ -129,7 +137,7 @@ def check_choices(budget: Any, workload: Any, objective: Any, config: Any, times
         raise ConfigError(f"config is a {type(config).__name__}: give a MonarchConfig.")
     if budget is None and config.grid is None:
         raise ConfigError("Give a budget in (0, 1], or a config that forces a grid, such as MonarchConfig(nblocks=4).")
-    number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+    number = isinstance(budget, numbers.Real) and not isinstance(budget, bool)
     if budget is not None and not (number and 0 < budget <= 1):
         raise ConfigError(
             f"budget must be in (0, 1], the share of parameters (or time) that may be kept; got {budget!r}."

@@ -108,14 +108,20 @@ def _metrics(weight: Tensor, shape: MonarchShape, gram: Tensor, gradients: Tenso
 def damped(gram: Tensor, features: int) -> Tensor:
     """C + lambda I in float64: every formula uses the same one, or sweeps could make the error larger.
 
+    Rounding leaves negative energies where features vary little about a large mean: then lambda is as large as needed.
+
     Raises:
         StructureError: ``gram`` is not (features, features).
     """
     if tuple(gram.shape) != (features, features):
         raise StructureError(f"The Gram matrix of {features} features is square, got shape {tuple(gram.shape)}.")
     C = gram.double()
-    mean = float(C.diagonal().mean()) or 1.0
-    return (C + C.mT) / 2 + DAMPING * mean * torch.eye(features, dtype=C.dtype, device=C.device)
+    C, one = (C + C.mT) / 2, torch.eye(features, dtype=C.dtype, device=C.device)
+    mean = float(C.diagonal().mean())
+    more = DAMPING * (mean if mean > 0 else 1.0)
+    while bool(torch.isfinite(C).all()) and int(torch.linalg.cholesky_ex(C + more * one).info):
+        more *= 10
+    return C + more * one
 
 
 def block_roots(C: Tensor, nblocks: int) -> Tensor:
