@@ -57,6 +57,9 @@ def test_a_weight_is_read_like_a_tensor() -> None:
     assert weight.to("meta").device.type == "meta"
     assert weight.to("meta", torch.float16).dtype == torch.float16
     assert weight.cpu() is weight
+    assert (weight.stride(), weight.T.stride(0)) == (dense.stride(), dense.T.stride(0))
+    assert weight.is_contiguous()
+    assert not weight.T.is_contiguous()
     assert layer.weight.R.device.type == "cpu"
     for wrong in (lambda w: w[:, :, 0], lambda w: w.narrow(0, 3, 100), lambda w: w[0:0].view(-1, 0)):
         with pytest.raises((IndexError, RuntimeError)):

@@ -24,7 +24,7 @@ from monarch_fx.layers.match import Match
 from monarch_fx.layers.multiply import Cut, Outline, cut, multiplier, taken, warn_dense, widened
 from monarch_fx.rules import RULES, Product, Static, op_name
 from monarch_fx.structure import Monarch, MonarchShape
-from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView
+from monarch_fx.views import VIEW_OPERATIONS, Dim, MatrixView, StridedView, contiguous_strides
 
 Piece = tuple[MatrixView, "Monarch | torch.Tensor"]
 
@@ -108,6 +108,12 @@ class DenseLike:
 
     def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
+
+    def stride(self, dim: int | None = None) -> Any:
+        return self.strided.strides if dim is None else self.strided.strides[dim]
+
+    def is_contiguous(self) -> bool:
+        return self.strided.strides == contiguous_strides(self.strided.sizes)
 
     def numel(self) -> int:
         return self.shape.numel()

@@ -229,6 +229,8 @@ def milliseconds(seconds: float) -> str:
 
 
 def _three_digits(value: float) -> str:
+    if 0 < value < 0.0995:  # of a GPU's small products
+        return f"{value:.2g}"
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"
 
 
