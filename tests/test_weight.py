@@ -195,6 +195,15 @@ def test_a_compiled_layer_sees_casts_and_new_values() -> None:
     torch.testing.assert_close(y, x.float() @ layer.weight.to_dense().T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layer", [mfx.MonarchLinear(16, 8, 2), mfx.MonarchLinear(17, 9, 4)], ids=["even", "padded"])
+def test_a_compiled_layer_under_autocast(layer: mfx.MonarchLinear) -> None:
+    compiled, x = torch.compile(layer, backend="eager", fullgraph=True), torch.randn(3, layer.in_features)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+        torch.testing.assert_close(compiled(x.bfloat16()), layer(x.bfloat16()), rtol=0, atol=0)
+    torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=0)
+
+
 def test_a_compiled_product_has_few_guards() -> None:
     """They are checked at every call: of the factors, their names, and what else a product reads of a weight."""
 

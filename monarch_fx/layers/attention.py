@@ -66,9 +66,7 @@ def multi_head_attention(
         zeros = k.new_zeros(batch, num_heads, 1, head_dim)
         k, v, added = torch.cat([k, zeros], 2), torch.cat([v, zeros], 2), added + 1
 
-    causal = (
-        is_causal and key_padding_mask is None and not need_weights
-    )  # which hides the added keys, too, as PyTorch's
+    causal = is_causal and key_padding_mask is None and not need_weights  # hides added keys, too, as in PyTorch
     mask = None if causal else _mask(attn_mask, key_padding_mask, batch, num_heads, added, q.dtype)
     dropout_p = dropout_p if training else 0.0
     if need_weights:
