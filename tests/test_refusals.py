@@ -72,6 +72,20 @@ def test_pattern_that_matches_nothing(which: str) -> None:
         mfx.monarchify(mlp(), config=HALF_GRID, **{which: "*attention*"})
 
 
+def test_products_of_the_linear_algebra_module() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.W, self.V = nn.Parameter(torch.randn(64, 64)), nn.Parameter(torch.randn(64, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.multi_dot([torch.linalg.matmul(x, self.W), self.V, x.mT])
+
+    plan = mfx.plan(Model(), config=HALF_GRID, example_inputs=torch.randn(5, 64))
+    assert [d.candidate.name for d in plan.decisions] == ["W"]
+    assert [(d.name, d.reason) for d in plan.declined] == [("V", "multi_dot: write it as matmul")]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(value: float) -> None:
     model = mlp()

@@ -18,6 +18,7 @@ _RECURRENT = refuse("inside a recurrent kernel")
 RULES: dict[str, Rule] = {
     "linear": linear,
     "matmul": matmul,
+    "linalg_matmul": matmul,
     "mm": matmul,
     "mv": matmul,
     "bmm": matmul,
@@ -45,6 +46,7 @@ RULES: dict[str, Rule] = {
     "bilinear": refuse("a bilinear form has two activations"),
     "tensordot": refuse("tensordot: write it as matmul or einsum"),
     "inner": refuse("inner: write it as matmul or F.linear"),
+    "linalg_multi_dot": refuse("multi_dot: write it as matmul"),
 }
 
 __all__ = ["RULES", "Multiply", "Product", "Refusal", "Rule", "Static", "op_name"]
