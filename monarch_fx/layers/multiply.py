@@ -17,7 +17,7 @@ from monarch_fx.structure import MonarchShape
 from monarch_fx.views import MatrixView
 
 if TYPE_CHECKING:
-    from monarch_fx.layers.weight import DenseLike, WeightView
+    from monarch_fx.layers.dense_like import DenseLike, WeightView
 
 Cut = tuple["int | None", "int | None"]
 

@@ -14,7 +14,8 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.utils import _pytree as pytree
 
 from monarch_fx.errors import ExampleInputsError
-from monarch_fx.layers.weight import DenseLike, MonarchWeight, WeightView, dispatch, view_of
+from monarch_fx.layers.dense_like import DenseLike, WeightView, dispatch, view_of
+from monarch_fx.layers.weight import MonarchWeight
 from monarch_fx.passes.capture import has_shapes
 from monarch_fx.passes.inputs import Inputs
 from monarch_fx.rules import op_name

@@ -1,7 +1,7 @@
 """One product form per file: how it is recognised, and how it is computed with a Monarch matrix.
 
 The same rules read captured graphs (``passes/candidates.py``), rewrite graphs (``passes/graph.py``) and answer the
-calls of a running model (``layers/weight.py``).
+calls of a running model (``layers/dense_like.py``).
 """
 
 from monarch_fx.rules.addmm import addmm
