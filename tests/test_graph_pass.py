@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import zoo
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from zoo import HALF_GRID, mlp
 
 import monarch_fx as mfx
@@ -74,6 +76,52 @@ class LeftProduct(nn.Module):
 class EinsumProduct(LeftProduct):
     def forward(self, x: Tensor) -> Tensor:
         return torch.einsum("bsd,ed->bse", x, self.weight)
+
+
+class Cast(LeftProduct):
+    """Of its weight, which is read without gradients."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(torch.float32).detach().T + x @ self.weight.double().float().T
+
+
+class CastLike(LeftProduct):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.to(x.device, x.dtype).T
+
+
+@pytest.mark.parametrize(
+    "trace", [lambda m, x: torch.export.export(m, (x,)).module(), lambda m, x: fx.symbolic_trace(m)]
+)
+def test_casts_and_detached_weights(trace: Callable) -> None:
+    x = torch.randn(5, 64)
+    rewritten = mfx.monarchify(trace(Cast(), x), config=HALF_GRID, example_inputs=x)
+    assert mfx.report(rewritten).plan.monarch_calls == 2
+    dense = mfx.to_dense(rewritten)
+    torch.testing.assert_close(dense(x), rewritten(x), rtol=1e-4, atol=1e-4)
+    dense(x).sum().backward()
+    assert dense.weight.grad is not None
+    torch.testing.assert_close(dense.weight.grad, x.sum(0).expand(32, 64))  # of the second product alone
+
+
+class Sized(LeftProduct):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.weight.T).view(-1, self.weight.size(0)) * self.weight.shape[1]
+
+
+def test_what_a_traced_graph_asks_of_a_weight() -> None:
+    x = torch.randn(5, 64, dtype=torch.float64)
+    rewritten = mfx.monarchify(fx.symbolic_trace(Sized().double()), config=HALF_GRID, example_inputs=x)
+    assert sum("monarch_bmm" in str(n.target) for n in rewritten.graph.nodes) == 1
+    torch.testing.assert_close(mfx.to_dense(rewritten)(x), rewritten(x))
+
+
+def test_casts_to_what_only_a_run_tells() -> None:
+    x = torch.randn(5, 64)
+    rewritten = mfx.monarchify(torch.export.export(CastLike(), (x,)).module(), config=HALF_GRID)
+    torch.testing.assert_close(mfx.to_dense(rewritten)(x), rewritten(x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(errors.ExampleInputsError, match=r"which dtype 'to' gives its weight .* export the model"):
+        mfx.monarchify(fx.symbolic_trace(CastLike()), config=HALF_GRID, example_inputs=x)
 
 
 class OwnFactors(nn.Module):

@@ -21,7 +21,7 @@ from monarch_fx.records import Call, Candidate, Declined
 from monarch_fx.rules import RULES, Product, Refusal, Static, op_name
 from monarch_fx.views import VIEW_OPERATIONS, MatrixView, StridedView
 
-_CASTS = {"to", "_to_copy", "float", "double", "half", "bfloat16", "type_as", "type"}
+CASTS = {"to", "_to_copy", "float", "double", "half", "bfloat16", "type_as", "type"}
 _READS_NOTHING = {"sym_size", "size", "dim", "_assert_tensor_metadata", "getattr", "sym_numel", "numel"}
 _KINDS = {
     "__matmul__": "matmul",
@@ -257,7 +257,7 @@ def _as_view(node: fx.Node, name: str, found: Found) -> Any:
     base = found.values.get(node.args[0]) if node.args and isinstance(node.args[0], fx.Node) else None
     if not isinstance(base, StaticValue):
         return None
-    if name in _CASTS:
+    if name in CASTS:
         value = value_of(node)
         return base if value is None or value.dtype.is_floating_point else None
     if name in ("index", "getitem"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from monarch_fx.errors import ExampleInputsError
 from monarch_fx.layers.dense_like import DenseLike, WeightView, dispatch, view_of
 from monarch_fx.layers.weight import MonarchWeight
+from monarch_fx.passes.candidates import CASTS
 from monarch_fx.passes.capture import has_shapes
 from monarch_fx.passes.inputs import Inputs
 from monarch_fx.rules import op_name
@@ -55,6 +57,9 @@ def _names(module: fx.GraphModule) -> list[str]:
     return [node.target for node in module.graph.nodes if node.op == "placeholder"]
 
 
+READS = {"getattr", "size", "dim", "numel"}  # what a weight answers without its values, and where traces have T
+
+
 class _Factors:
     """What ``dispatch`` needs of a MonarchWeight, with proxies in the place of the factors."""
 
@@ -67,6 +72,10 @@ class _Factors:
             proxy = fx.Proxy(tracer.graph.create_node("get_attr", f"{path}.{name}"), tracer)
             proxy.node.meta["val"] = mode.from_tensor(factor.detach())
             setattr(self, name, proxy)
+        self.some_factor = getattr(self, next(name for name, _ in weight.named_parameters()))
+
+    def to_dense_root(self) -> Any:
+        raise ValueError("what reads it is no product, and the graph has only its factors")
 
 
 def expose(module: fx.GraphModule, inputs: Inputs | None) -> None:
@@ -99,6 +108,8 @@ def expose(module: fx.GraphModule, inputs: Inputs | None) -> None:
             env[node] = WeightView(root, weight.strided)
         elif node.target is operator.getitem and isinstance(args[0], tuple):
             env[node] = args[0][args[1]]
+        elif op_name(node.target) == "_assert_tensor_metadata" and _reads_weight(args, kwargs):
+            continue  # of a cast: of the dense parameter
         elif node.op in ("call_function", "call_method") and _reads_weight(args, kwargs):
             last = len(new.nodes)
             try:
@@ -109,7 +120,7 @@ def expose(module: fx.GraphModule, inputs: Inputs | None) -> None:
                 ) from error
             _fill_meta(new, last, node)
         else:
-            plain = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n].node)
+            plain = fx.node.map_arg((node.args, node.kwargs), lambda n: getattr(env[n], "node", env[n]))
             copied = new.create_node(node.op, node.target, *plain, name=node.name, type_expr=node.type)
             copied.meta = dict(node.meta)
             env[node] = fx.Proxy(copied, tracer)
@@ -141,12 +152,12 @@ def _dense_node(module: fx.GraphModule, node: fx.Node, grouped: bool) -> fx.Node
     call = module.graph.call_function
     x, _, _, *rest = node.args
     R: Any = node.args[1]
-    picks, cast = None, None
-    while R.op in ("call_function", "call_method"):  # factors that are picked by an index, or cast
-        if op_name(R.target) == "getitem":
-            picks = R.args[1]
-        else:
-            cast = R.args[1]
+    picks, cast, detached = None, None, False
+    while R.op in ("call_function", "call_method"):  # factors that are detached, picked by an index, or cast
+        name = op_name(R.target)
+        detached = detached or name == "detach"
+        picks = R.args[1] if name == "getitem" else picks
+        cast = R.args[1] if name == "to" else cast
         R = R.args[0]
     path, _, factor = str(R.target).rpartition(".")
     weight = module.get_submodule(path) if R.op == "get_attr" else None
@@ -155,7 +166,9 @@ def _dense_node(module: fx.GraphModule, node: fx.Node, grouped: bool) -> fx.Node
     piece = next(i for i in range(len(weight.views)) if factor in (f"R{weight.suffix(i)}", f"L{weight.suffix(i)}"))
     view = weight.views[piece]
     matrix = view if factor.startswith("R") else view.transposed  # the factors stand in the other order
-    dense = call(torch.as_strided, (module.graph.get_attr(path), *matrix.strided))
+    parameter = module.graph.get_attr(path)
+    parameter = module.graph.call_method("detach", (parameter,)) if detached else parameter
+    dense = call(torch.as_strided, (parameter, *matrix.strided))
     if max(len(matrix.out), len(matrix.inp), len(matrix.batch)) > 1:
         batch = (matrix.batch_size,) if matrix.batch else ()
         dense = call(torch.reshape, (dense, (*batch, matrix.out_features, matrix.in_features)))
@@ -190,7 +203,21 @@ def _evaluate(node: fx.Node, args: Any, kwargs: Any) -> Any:
     if name in VIEW_OPERATIONS and isinstance(args[0], DenseLike):
         plain = {key: a for key, a in kwargs.items() if key != "memory_format"}
         return view_of(args[0], name, *args[1:], **plain)
+    if name in READS and isinstance(args[0], DenseLike):
+        return getattr(*args) if name == "getattr" else getattr(args[0], name)(*args[1:])
+    if name in CASTS and isinstance(args[0], DenseLike):
+        return _cast(node, name, args[0], (*args[1:], *kwargs.values()))
     return dispatch(node.target, args, kwargs)
+
+
+def _cast(node: fx.Node, name: str, operand: DenseLike, others: Sequence[Any]) -> Any:
+    """A weight as the cast ``node`` gives it: by the captured result, or by the dtype that the graph names."""
+    if "val" in node.meta:
+        return operand.to(node.meta["val"].dtype)
+    if any(isinstance(a, fx.Proxy) for a in others):
+        raise ValueError(f"which dtype {name!r} gives its weight is known only when it runs: export the model instead")
+    dtypes = [a for a in others if isinstance(a, torch.dtype)]
+    return operand.to(*dtypes) if name in ("to", "_to_copy", "type") else getattr(operand, name)()
 
 
 def _fake_mode(graph: fx.Graph) -> Any:
