@@ -29,6 +29,11 @@ def test_writing_into_a_weight_is_refused() -> None:
         layer.weight.data.zero_()
     with pytest.raises(errors.StructureError, match="factors R and L"):
         layer.weight.data = torch.zeros(8, 16)
+    weight = layer.weight
+    with pytest.raises(errors.StructureError, match=r"__iadd__.* factors R and L"):
+        weight += 1.0
+    with pytest.raises(errors.StructureError, match=r"__setitem__.* factors R and L"):
+        weight[0] = 1.0
     with pytest.raises(errors.StructureError, match="factors R and L"), torch.no_grad():
         torch.add(torch.zeros(8, 16), 1.0, out=layer.weight)
 

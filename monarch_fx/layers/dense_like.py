@@ -166,6 +166,9 @@ class DenseLike:
         except (TypeError, ValueError):
             return densify(self, "__getitem__")[index]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise _writing("__setitem__")
+
     def __len__(self) -> int:
         return self.shape[0]
 
@@ -198,10 +201,18 @@ def _on_dense_values(name: str) -> Callable[..., Any]:
     return operation
 
 
+def _in_place(name: str) -> Callable[..., Any]:
+    def operation(self: DenseLike, *others: Any) -> Any:
+        raise _writing(name)
+
+    return operation
+
+
 # Comparisons for equality stay those of objects, by which modules are told apart
 for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
     setattr(DenseLike, f"__{_name}__", _on_dense_values(f"__{_name}__"))
     setattr(DenseLike, f"__r{_name}__", _on_dense_values(f"__r{_name}__"))
+    setattr(DenseLike, f"__i{_name}__", _in_place(f"__i{_name}__"))
 for _name in ("neg", "abs", "invert", "lt", "le", "gt", "ge", "float", "int"):
     setattr(DenseLike, f"__{_name}__", _on_dense_values(f"__{_name}__"))
 
