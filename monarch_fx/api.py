@@ -91,7 +91,8 @@ def plan(
         ExampleInputsError, CaptureError: The model can't be captured on the inputs.
         SelectionError, NoEligibleProductError: ``include``, ``exclude`` or the model leave nothing to do.
         WeightError: A weight is NaN, infinite, quantised, sparse, integer or complex.
-        BudgetError: ``strict=True``, and the budget can't be reached.
+        BudgetError: ``strict=True``, and the budget can't be reached, or no product has room for the grid of
+            ``config``; else that is a ``BudgetWarning``.
         DeviceProfileError: No profile fits; or times are to be measured, and ``device`` is none of this machine.
     """
     options = {"example_inputs": example_inputs, "include": include, "exclude": exclude, "tokens": tokens}

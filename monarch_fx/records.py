@@ -247,10 +247,10 @@ class Plan:
         if rank is not None:
             size = old.candidate.in_features, old.candidate.out_features
             shape = MonarchShape(*size, nblocks_out=nblocks_out, nblocks_in=nblocks_in, rank=rank)
-            if rank > min(shape.p, shape.s):
+            if rank > shape.full_rank:
                 raise StructureError(
                     f"{name!r} has blocks of {shape.s} x {shape.p} in a grid of {nblocks_out}x{nblocks_in}, which are "
-                    f"exact at rank {min(shape.p, shape.s)}, got rank={rank}."
+                    f"exact at rank {shape.full_rank}, got rank={rank}: give at most that."
                 )
         elif (nblocks_out, nblocks_in) != (1, 1):
             raise ConfigError(f"A grid of {nblocks_out}x{nblocks_in} blocks for {name!r} needs a rank.")

@@ -57,6 +57,11 @@ class MonarchShape:
         return -(-self.out_features // self.nblocks_out)
 
     @property
+    def full_rank(self) -> int:
+        """The rank at which blocks are exact: ``min(s, p)``."""
+        return min(self.s, self.p)
+
+    @property
     def params(self) -> int:
         """Stored numbers: ``nblocks_out * nblocks_in * rank * (p + s)``."""
         return self.nblocks_out * self.nblocks_in * self.rank * (self.p + self.s)

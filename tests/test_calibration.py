@@ -385,6 +385,12 @@ def test_outputs_that_are_all_alike_have_gradients() -> None:
     assert all(seen.gradients.isfinite().all() for seen in calibration.statistics.values())
 
 
+def test_a_batch_without_tokens_costs_nothing() -> None:
+    model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 64))
+    made = mfx.monarchify(model, config=mfx.MonarchConfig(nblocks=2), example_inputs=torch.randn(4, 8))
+    assert mfx.measure_loss(made, model, [torch.zeros(0, 8)]) == 0
+
+
 class Functional(nn.Module):
     def __init__(self) -> None:
         super().__init__()

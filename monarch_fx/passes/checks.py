@@ -182,10 +182,10 @@ def check_plan(model: nn.Module, plan: Any) -> None:
                 f"{candidate.parameter_shape}, the model has {has}."
             )
         shape = decision.shape
-        if shape is not None and shape.rank > min(shape.s, shape.p):
+        if shape is not None and shape.rank > shape.full_rank:
             raise PlanMismatchError(
                 f"The plan gives {candidate.name!r} blocks of {shape.s} x {shape.p} with rank {shape.rank}: at "
-                f"{min(shape.s, shape.p)} they are exact."
+                f"{shape.full_rank} they are exact. Make the plan again, or edit it with Plan.with_shape."
             )
     for order in plan.orders:
         for name, dimension in order.along:

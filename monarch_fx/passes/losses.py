@@ -55,7 +55,7 @@ def distance(output: Any, wanted: Any, mask: Tensor | None) -> Tensor:
 
 def relative_error(rows: Tensor, wanted: Tensor) -> Tensor:
     """``||y - t||^2 / ||t - mean t||^2`` over rows (tokens, features)."""
-    return (rows - wanted).square().mean() / _spread(wanted)
+    return (rows - wanted).square().sum() / _spread(wanted)
 
 
 def counted(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -106,12 +106,12 @@ def _cross_entropy(logits: Tensor, draw: torch.Generator) -> Tensor:
 
 
 def _output_error(y: Tensor, draw: torch.Generator) -> Tensor:
-    scale = (_spread(y) * y.shape[-1]).rsqrt()
+    scale = (_spread(y) / len(y)).rsqrt()
     return scale * torch.randn(y.shape, generator=draw, dtype=y.dtype, device=y.device)
 
 
 def _spread(y: Tensor) -> Tensor:
-    """The mean square of what tokens differ from their mean; of themselves where there is one, or all are alike."""
+    """The squares of what tokens differ from their mean, summed; of themselves where there is one, or all are alike."""
     numbers = torch.finfo(y.dtype)
-    spread, energy = (y - y.mean(0)).square().mean(), y.square().mean()
+    spread, energy = (y - y.mean(0)).square().sum(), y.square().sum()
     return torch.where(spread > numbers.eps * energy, spread, energy).clamp_min(numbers.tiny)

@@ -167,9 +167,9 @@ class _Search:
         for graph in captured.graphs:
             for node in graph.nodes:
                 self._note_reader(node)
-        read = {*captured.parameters.items(), *captured.buffers.items()}
+        read = {**captured.parameters, **captured.buffers}
         tensors = {**self.parameters, **dict(model.named_buffers(remove_duplicate=False))}
-        seen = {id(tensors.get(name)) for node, name in read if node.users}
+        seen = {id(tensors.get(name)) for node, name in read.items() if node.users}
         self.unread = {name: tuple(tensor.shape) for name, tensor in tensors.items() if id(tensor) not in seen}
         uses = [use for mine in found.uses.values() for use in mine]
         self.products = {use.node: use for use in uses if self._is_whole(use)}
@@ -273,9 +273,8 @@ class _Group:
         if any(_is_hooked(search.modules[path]) for path in set[str].union(*around) - set[str].intersection(*around)):
             return False
         owners = [use.parameter.split(".")[:-1] for use in (*self.writers, *self.readers)]
-        home = [
-            level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, zip(*owners, strict=False))
-        ]
+        levels = zip(*owners, strict=False)
+        home = [level[0] for level in itertools.takewhile(lambda level: len(set(level)) == 1, levels)]
         return not any(
             name.split(".")[: len(home)] == home and self.size in shape for name, shape in search.unread.items()
         )

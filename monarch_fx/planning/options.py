@@ -85,7 +85,7 @@ def _forced(candidate: Candidate, config: MonarchConfig, grid: tuple[int, int]) 
     one = MonarchShape(n_in, n_out, *grid, rank=1)
     # without a rank the authors' (Dao et al. 2022, section 3.1)
     rank = config.rank or max(1, min(n_in, n_out) // (grid[0] * grid[1]))
-    return MonarchShape(n_in, n_out, *grid, rank=min(rank, one.p, one.s))
+    return MonarchShape(n_in, n_out, *grid, rank=min(rank, one.full_rank))
 
 
 def _ranks(
@@ -95,7 +95,7 @@ def _ranks(
     n_in, n_out, step = candidate.in_features, candidate.out_features, config.rank_multiple
     one = MonarchShape(n_in, n_out, *grid, rank=1)
     dense = n_in * n_out
-    highest = min((dense - 1) // one.params, one.p, one.s)
+    highest = min((dense - 1) // one.params, one.full_rank)
     full = math.lcm(step, terms // math.gcd(terms, *grid))  # sums have nblocks_in, in gradients nblocks_out ranks
     if highest // full >= FEWEST_RANKS:
         step = full

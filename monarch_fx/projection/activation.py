@@ -119,7 +119,8 @@ def damped(gram: Tensor, features: int) -> Tensor:
     C, one = (C + C.mT) / 2, torch.eye(features, dtype=C.dtype, device=C.device)
     mean = float(C.diagonal().mean())
     more = DAMPING * (mean if mean > 0 else 1.0)
-    while bool(torch.isfinite(C).all()) and int(torch.linalg.cholesky_ex(C + more * one).info):
+    is_finite = bool(torch.isfinite(C).all())  # else it has no root, however damped
+    while is_finite and int(torch.linalg.cholesky_ex(C + more * one).info):
         more *= 10
     return C + more * one
 

@@ -38,7 +38,7 @@ def project(weight: Tensor, shape: MonarchShape) -> Monarch:
     size = (shape.out_features, shape.in_features)
     if tuple(weight.shape[-2:]) != size:
         raise StructureError(f"The structure {shape} is for a weight of shape {size}, got {tuple(weight.shape)}.")
-    side = min(shape.p, shape.s)
+    side = shape.full_rank
     if shape.rank > side:
         raise StructureError(f"Blocks of {shape.s}x{shape.p} have no rank {shape.rank}: use at most {side}.")
     monarch = Monarch.empty(shape, len(weight) if weight.ndim == 3 else None, weight.dtype, weight.device)
